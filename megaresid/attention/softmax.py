@@ -1,0 +1,45 @@
+"""Causal multi-head softmax attention."""
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, scaled_dot_product_attention
+
+from megaresid.attention.mixer import MIXERS, Mixer, State
+from megaresid.model.presets import ModelShape
+from megaresid.spec import Options
+
+
+@MIXERS.register("softmax")
+class Softmax(Mixer):
+    """o_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s per head of width D = C / heads.
+
+    Vaswani et al. 2017 (arXiv 1706.03762, equation 1) with GPT-2's causal mask and biases. Computed by PyTorch's
+    ``scaled_dot_product_attention``, which never holds the T x T scores where a fused kernel exists.
+    """
+
+    citation = "Vaswani et al. 2017, arXiv 1706.03762"
+    needs_positions = True
+
+    def __init__(self, shape: ModelShape, options: Options, layer: int):
+        super().__init__(shape, options, layer)
+        self.heads, self.dropout = shape.heads, shape.dropout
+        self.q_proj = nn.Linear(shape.width, shape.width)
+        self.k_proj = nn.Linear(shape.width, shape.width)
+        self.v_proj = nn.Linear(shape.width, shape.width)
+        self.o_proj = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x: torch.Tensor, side: State) -> tuple[torch.Tensor, State]:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention_dropout = self.dropout if self.training else 0.0
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=attention_dropout)
+        y = self.o_proj(o.transpose(1, 2).flatten(-2))
+        return dropout(y, self.dropout, self.training), side
+
+    @classmethod
+    def flops_per_token(cls, shape: ModelShape, options: Options) -> int:
+        projections = 4 * 2 * shape.width**2
+        seen = (shape.context + 1) / 2  # a causal token sees this many tokens on average, itself included
+        return int(projections + 2 * 2 * shape.width * seen)

@@ -1,0 +1,275 @@
+"""The run configuration: one typed tree, from a preset, a JSON file and the command line (which wins).
+
+Every key has one name everywhere: ``--learning-rate`` on the command line is ``learning_rate`` in the JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megaresid.errors import UserError, suggestion
+from megaresid.model.presets import PRESETS, ModelShape
+
+
+class Section(BaseModel):
+    """Base of the tree's sections: typed, immutable, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunOptions(Section):
+    """The run and where it is kept."""
+
+    data: Path | None = None
+    """Folder of shards with a manifest, made by `python -m data_prep`."""
+    run_dir: Path | None = None
+    """Where the run is written; it must be new, or --resume must be given."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON: ZeRO, offload, precision, optimizer type (see ds_configs/)."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seed: int = 42
+    """Seeds the initial weights, the order of the data and dropout."""
+    resume: str | None = None
+    """`auto`: go on from the newest complete checkpoint of --run-dir, if there is one. Or a checkpoint's path."""
+    init_from: Path | None = None
+    """Start from the weights (only) of this run or checkpoint."""
+    dry_run: bool = False
+    """Print parameters, tokens, FLOPs, memory per rank and the resolved JSON, then stop."""
+
+
+class ModelOptions(Section):
+    """The model: a preset, what differs from it, and its layer specs."""
+
+    model: str = "gpt2-medium"
+    """tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+    attention: str = "softmax"
+    """How layers mix tokens: a pattern over the depth."""
+    residual: str = "vanilla"
+    """How layers add to the residual stream: a pattern over the depth."""
+    layers: int | None = None
+    """Instead of the preset's."""
+    heads: int | None = None
+    """Instead of the preset's."""
+    width: int | None = None
+    """Instead of the preset's."""
+    context: int | None = None
+    """Tokens per sequence, instead of the preset's."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and sublayer outputs."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """GPT-2's tanh form, or the exact GELU."""
+
+
+class BatchOptions(Section):
+    """Sequences per step."""
+
+    global_batch_size: int = 512
+    """Sequences per optimizer step, over all ranks and accumulation."""
+    micro_batch_size: int | None = None
+    """Sequences per rank and forward; by default the largest divisor of a rank's share up to 16."""
+
+
+class OptimizerOptions(Section):
+    """The optimizer's values (its type is named in the DeepSpeed JSON) and the learning rate's course."""
+
+    learning_rate: float = 3e-4
+    """The peak."""
+    min_learning_rate: float = 3e-5
+    """Where the schedule ends."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Cosine, warm-up/stable/decay, or constant after the warm-up."""
+    warmup_fraction: float = 0.02
+    """Part of the steps that warms up linearly."""
+    decay_fraction: float = 0.2
+    """Part of the steps that decays linearly at the end of wsd."""
+    weight_decay: float = 0.1
+    """Of the parameters whose rule says that they decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of the Adam family."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
+
+
+class ExecutionOptions(Section):
+    """How the model is run."""
+
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and recompute the rest."""
+    compile: bool = False
+    """torch.compile of the whole model (ZeRO 0 to 2)."""
+
+
+class IntervalOptions(Section):
+    """What happens how often, in steps; 0 for never."""
+
+    log_interval: int = 10
+    """Progress line, metrics.jsonl and TensorBoard."""
+    validation_interval: int = 1000
+    """Validation, at the end too."""
+    validation_tokens: int = 10_485_760
+    """Tokens of the fixed validation set, or all that there are."""
+    checkpoint_interval: int = 1000
+    """Checkpoint, at the end too."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; 0 for all."""
+
+
+class RunConfig(Section):
+    """Train a language model under DeepSpeed.
+
+    Start it with the launcher: deepspeed --module megaresid.train --deepspeed_config ds_configs/zero1.json …,
+    with torchrun -m megaresid.train …, or as one process with python -m megaresid.train …
+    """
+
+    run: RunOptions = RunOptions()
+    model: ModelOptions = ModelOptions()
+    batch: BatchOptions = BatchOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    execution: ExecutionOptions = ExecutionOptions()
+    interval: IntervalOptions = IntervalOptions()
+
+    @property
+    def shape(self) -> ModelShape:
+        """The preset with what the options change of it."""
+        chosen = self.model
+        changes = {key: getattr(chosen, key) for key in ("layers", "heads", "width", "context")}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        changes |= {"dropout": chosen.dropout, "activation": chosen.activation}
+        return PRESETS[chosen.model].model_copy(update=changes)
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, JSON-able, as ``--config`` reads it."""
+        return {key: value for section in self.model_dump(mode="json").values() for key, value in section.items()}
+
+
+SECTIONS: dict[str, str] = {
+    key: section for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
+}
+
+REFERENCE = {
+    "model": "gpt2-medium",
+    "steps": 13_535,
+    "global_batch_size": 512,
+    "learning_rate": 3e-4,
+    "min_learning_rate": 3e-5,
+    "schedule": "cosine",
+    "warmup_fraction": 0.02,
+    "weight_decay": 0.1,
+    "betas": [0.9, 0.95],
+    "clip": 1.0,
+    "validation_interval": 1000,
+    "seed": 1337,
+}
+RUN_PRESETS: dict[str, dict[str, Any]] = {"reference": REFERENCE, "mlsbench-345m": REFERENCE | {"seed": 42}}
+
+
+def from_flat(values: dict[str, Any], source: str, base: RunConfig | None = None) -> RunConfig:
+    """A tree with ``values`` (flat keys) over ``base``. ``source`` names the file or preset in errors.
+
+    Raises UserError for an unknown key (naming the nearest one) and for a value of the wrong type.
+    """
+    tree = (base or RunConfig()).model_dump()
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in SECTIONS:
+            raise UserError(f"{source}: unknown key {key!r}: {suggestion(name, SECTIONS)}")
+        tree[SECTIONS[name]][name] = value
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = problem["loc"][1]
+        raise UserError(f"{source}: {key}={problem['input']!r} is not valid: {problem['msg']}") from None
+
+
+def parse(arguments: list[str]) -> RunConfig:
+    """The configuration of a command line: preset, then ``--config`` file, then the options, later ones winning.
+
+    ``--local_rank``, which the DeepSpeed launcher adds, is dropped. Raises UserError; exits 2 with tyro's message
+    for a value of the wrong type, 0 for ``--help``.
+    """
+    arguments, taken = _take(arguments, "--preset", "--config", "--local_rank")
+    base = RunConfig()
+    if preset := taken["--preset"]:
+        if preset not in RUN_PRESETS:
+            raise UserError(f"--preset {preset}: {suggestion(preset, RUN_PRESETS)}")
+        base = from_flat(RUN_PRESETS[preset], f"preset {preset}")
+    if path := taken["--config"]:
+        base = from_flat(_read_json(Path(path)), path, base)
+    config, unknown = tyro.cli(
+        tyro.conf.OmitArgPrefixes[RunConfig],
+        args=arguments,
+        default=base,
+        return_unknown_args=True,
+        prog="python -m megaresid.train",
+        description=f"{RunConfig.__doc__}\n\n--preset {'|'.join(RUN_PRESETS)} sets the reference run's values, "
+        "--config FILE reads the same keys from a JSON; options given here win over both.",
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        raise UserError(f"unknown option {unknown[0]}: {suggestion(name, SECTIONS).replace('_', '-')}")
+    _check(config)
+    return config
+
+
+def _take(arguments: list[str], *names: str) -> tuple[list[str], dict[str, str | None]]:
+    """Take ``--name value`` and ``--name=value`` out of the arguments."""
+    rest, taken = [], dict.fromkeys(names)
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name in taken:
+            taken[name] = value if equals else next(waiting, None)
+            if taken[name] is None:
+                raise UserError(f"{name} needs a value")
+        else:
+            rest.append(argument)
+    return rest, taken
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected an object of keys and values")
+    values.pop("schema", None)
+    return values
+
+
+def _check(config: RunConfig) -> None:
+    """Values that have a type but no sense: the first one is a UserError naming the option."""
+    for key in ("data", "run_dir", "deepspeed_config"):
+        if getattr(config.run, key) is None:
+            raise UserError(f"--{key.replace('_', '-')} is missing: see {Path(sys.argv[0]).name} --help")
+    if config.model.model not in PRESETS:
+        raise UserError(f"--model {config.model.model}: {suggestion(config.model.model, PRESETS)}")
+    values = config.flat()
+    at_least_one = ("steps", "global_batch_size", "micro_batch_size", "layers", "heads", "width", "context")
+    not_negative = ("log_interval", "validation_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
+    not_negative += ("learning_rate", "min_learning_rate", "weight_decay")
+    for key in at_least_one + not_negative:
+        least = int(key in at_least_one)
+        if values[key] is not None and not values[key] >= least:
+            raise UserError(f"--{key.replace('_', '-')} {values[key]}: must be at least {least}")
+    for key in ("warmup_fraction", "decay_fraction", "dropout"):
+        if not 0 <= values[key] <= 1:
+            raise UserError(f"--{key.replace('_', '-')} {values[key]}: must be between 0 and 1")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UserError(f"--betas {config.optimizer.betas}: each must be at least 0 and below 1")
+    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        raise UserError(
+            f"--min-learning-rate {values['min_learning_rate']} is above --learning-rate {values['learning_rate']}"
+        )
+    if config.run.resume and config.run.init_from:
+        raise UserError("--resume and --init-from exclude each other: resume restores the weights too")

@@ -1,0 +1,154 @@
+"""GPT-2 as one list of layer specs, built as a plain module or by DeepSpeed's ``PipelineModule`` alike."""
+
+import re
+from typing import NamedTuple
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+from torch.nn.functional import dropout, embedding
+
+from megaresid.model.init import STD, Normal, Rule, fill, owned_rules
+from megaresid.model.layer import Layer
+from megaresid.model.loss import full_logits, linear_cross_entropy
+from megaresid.model.plan import ModelPlan
+from megaresid.model.presets import ModelShape
+from megaresid.residual.stream import State
+
+TOKENS = "tokens"  # the key under which the embedding matrix is tied to the output head
+
+
+class TokenEmbedding(nn.Module):
+    """The embedding matrix [padded vocabulary, C]: ids [B, T] int64 -> [B, T, C]."""
+
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.vocab_size = shape.vocab_size
+        self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.width))
+
+    def parameter_rules(self) -> dict[str, Rule]:
+        return {"weight": Rule(Normal(STD, rows=self.vocab_size), decay=True)}
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return embedding(idx, self.weight)
+
+
+class Open(nn.Module):
+    """Adds the learned positions, if there are any, and opens the residual stream: [B, T, C] -> state."""
+
+    def __init__(self, plan: ModelPlan):
+        super().__init__()
+        self.variant, self.dropout = plan.residual_of(0), plan.shape.dropout
+        self.positions = nn.Embedding(plan.shape.context, plan.shape.width) if plan.has_positions else None
+
+    def forward(self, x: torch.Tensor) -> State:
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(x.shape[1], device=x.device))
+        return self.variant.open(dropout(x, self.dropout, self.training))
+
+
+class Head(nn.Module):
+    """The tied output projection: hidden [B, T, C] -> logits, or the loss without ever holding the logits.
+
+    It registers the embedding matrix as its own parameter, so that ZeRO-3 gathers it for this call too.
+    """
+
+    def __init__(self, tokens: TokenEmbedding):
+        super().__init__()
+        self.vocab_size, self.weight = tokens.vocab_size, tokens.weight
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropies of ``targets`` [B, T] (negative ones count 0) over the number of positions."""
+        return linear_cross_entropy(hidden, self.weight, targets, self.vocab_size)
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None):
+        if targets is None:
+            return full_logits(hidden, self.weight, self.vocab_size), None
+        return None, self.loss(hidden, targets)
+
+
+class Part(NamedTuple):
+    """One entry of the model: the canonical prefix of its parameters' names, and how to build it."""
+
+    prefix: str
+    spec: LayerSpec
+
+
+def hidden_states(tokens: TokenEmbedding, hidden: torch.Tensor) -> torch.Tensor:
+    """The tied end of a pipeline: hands on the hidden states; ``Head.loss`` is the pipeline's loss function."""
+    return hidden
+
+
+def layer_specs(plan: ModelPlan, activation_checkpointing: bool = False) -> list[Part]:
+    """The model: token embedding, opening of the stream, one ``Layer`` a layer, its close, the tied head."""
+    tied = {"tied_weight_attr": "weight"}
+    last = plan.residual_of(plan.shape.layers - 1)
+    return [
+        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, **tied)),
+        Part("embed", LayerSpec(Open, plan)),
+        *(
+            Part(f"layers.{index:02d}", LayerSpec(Layer, plan, index, activation_checkpointing))
+            for index in range(plan.shape.layers)
+        ),
+        Part("head", LayerSpec(last.close_class, plan.shape, last.options)),
+        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, forward_fn=hidden_states, **tied)),
+    ]
+
+
+class GPT(nn.Module):
+    """The plain module of a plan; ``forward(idx [B,T], targets=None)`` gives ``(logits, None)`` or ``(None, loss)``.
+
+    Its parameters are not filled: use ``build``.
+    """
+
+    def __init__(self, plan: ModelPlan, activation_checkpointing: bool = False):
+        super().__init__()
+        parts = layer_specs(plan, activation_checkpointing)
+        self.prefixes = [part.prefix for part in parts[:-1]]
+        self.parts = nn.ModuleList(part.spec.build() for part in parts[:-1])
+        self.head = Head(self.parts[0])
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+        x = idx
+        for part in self.parts:
+            x = part(x)
+        return self.head(x, targets)
+
+
+def canonical_name(path: str, prefixes: list[str]) -> str:
+    """A parameter's canonical name from its path in ``GPT`` or in a ``PipelineModule``.
+
+    Both number the same list of parts (``parts.2.…`` and ``2.…``) and a pipeline keeps the tied embedding apart, so
+    ``layers.00.attention.site.norm.weight`` is one name for both. Decision: everything that is stored or compared
+    uses these names, never a container's path.
+    """
+    if path.startswith(f"tied_modules.{TOKENS}."):
+        return f"embed.tokens.{path.removeprefix(f'tied_modules.{TOKENS}.')}"
+    index, rest = re.fullmatch(r"(?:parts\.)?(\d+)\.(.+)", path).groups()
+    rest = re.sub(r"^sites\.(\w+)\.", r"\1.site.", rest)
+    return f"{prefixes[int(index)]}.{rest}"
+
+
+def canonical_parameters(model: "GPT | PipelineModule", prefixes: list[str]) -> dict[str, nn.Parameter]:
+    """The model's parameters (of this pipeline stage) by canonical name, in the model's order, ties once."""
+    return {canonical_name(path, prefixes): parameter for path, parameter in model.named_parameters()}
+
+
+def canonical_rules(model: "GPT | PipelineModule", prefixes: list[str], layers: int) -> dict[str, Rule]:
+    """The rule of every parameter by canonical name."""
+    rules = {}
+    for path, module in model.named_modules():
+        for local, _ in module.named_parameters(recurse=False):
+            if path == "head":  # the tied matrix, whose rule is the embedding's
+                continue
+            name = canonical_name(f"{path}.{local}", prefixes)
+            rules[name] = owned_rules(module, layers, name.removesuffix(f".{local}"))[local]
+    return rules
+
+
+def build(plan: ModelPlan, seed: int, activation_checkpointing: bool = False) -> GPT:
+    """A plain model on the CPU in fp32 with every parameter filled."""
+    model = GPT(plan, activation_checkpointing)
+    layers = plan.shape.layers
+    fill(canonical_parameters(model, model.prefixes), canonical_rules(model, model.prefixes, layers), seed)
+    return model

@@ -1,0 +1,95 @@
+"""Every initial value and every optimizer rule, in one documented place.
+
+GPT-2's values (Radford et al. 2019; nanoGPT uses the same):
+
+=====================================  =============================  ======
+parameter                              start                          decays
+=====================================  =============================  ======
+embeddings of tokens and positions     N(0, 0.02), padding rows 0     yes
+weight of a Linear                     N(0, 0.02)                     yes
+its bias                               0                              no
+weight of an output projection         N(0, 0.02 / sqrt(2 layers))    yes
+weight and bias of a LayerNorm         1 and 0                        no
+=====================================  =============================  ======
+
+Output projections are those that write to the residual stream. What a residual variant or a mixer adds of its own
+is declared in its file by ``parameter_rules``. Each value is drawn on the CPU in fp32 from a generator seeded by
+the run's seed and the parameter's canonical name, so what two variants share starts equal, bit for bit.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+STD = 0.02
+OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.proj.weight")
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent N(0, std) entries; the rows from ``rows`` on, if given, are zero."""
+
+    std: float
+    rows: int | None = None
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator) * self.std
+        if self.rows is not None:
+            values[self.rows :] = 0
+        return values
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every entry is ``value``."""
+
+    value: float
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        return torch.full(shape, self.value)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter starts, and how the optimizer treats it."""
+
+    start: Normal | Constant
+    decay: bool
+    lr_multiplier: float = 1.0
+
+
+def owned_rules(module: nn.Module, layers: int, prefix: str) -> dict[str, Rule]:
+    """Rules of the parameters that ``module`` itself owns (children excluded), by local name.
+
+    ``prefix`` is the module's canonical name; ``layers`` scales the output projections.
+    """
+    if hasattr(module, "parameter_rules"):
+        return module.parameter_rules()
+    if isinstance(module, nn.Linear):
+        scale = 1 / math.sqrt(2 * layers) if f"{prefix}.weight".endswith(OUTPUT_PROJECTIONS) else 1.0
+        return {"weight": Rule(Normal(STD * scale), decay=True), "bias": Rule(Constant(0.0), decay=False)}
+    if isinstance(module, nn.LayerNorm):
+        return {"weight": Rule(Constant(1.0), decay=False), "bias": Rule(Constant(0.0), decay=False)}
+    if isinstance(module, nn.Embedding):
+        return {"weight": Rule(Normal(STD), decay=True)}
+    return {}
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the canonical name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], seed: int) -> None:
+    """Give every parameter (by canonical name) its initial value; raises KeyError for one without a rule."""
+    missing = parameters.keys() - rules.keys()
+    if missing:
+        raise KeyError(f"no initial value is declared for: {', '.join(sorted(missing))}")
+    for name, parameter in parameters.items():
+        parameter.copy_(rules[name].start.draw(parameter.shape, generator_for(seed, name)))

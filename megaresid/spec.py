@@ -1,0 +1,216 @@
+"""The language of layer specs: parse, check, print, hash.
+
+A component is a name with options, a pattern is components laid over the depth::
+
+    softmax
+    hyper_connection(streams=4, dynamic=true)
+    my_module:MyMixer(option=1)
+    3*gated_delta_net + softmax          three layers of one, then one of the other, repeated
+
+Values are integers, floats, ``true``/``false``/``none`` and words. A component's class declares its options
+as a pydantic model named ``Options``; whatever it does not declare is refused here, before anything is built.
+"""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megaresid.errors import UserError, suggestion
+
+Value = int | float | bool | str | None
+
+TOKEN = re.compile(
+    r"\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(?P<word>[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)|(?P<mark>[()=,*+]))"
+)
+
+
+class Options(BaseModel):
+    """Base of every component's options: typed, immutable, and closed to names it does not declare."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A name with the options that were written for it, e.g. ``gla(expand_k=0.5)``."""
+
+    name: str
+    options: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.options:
+            return self.name
+        return f"{self.name}({', '.join(f'{key}={_print(value)}' for key, value in self.options)})"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Components in the order in which they are repeated over the depth."""
+
+    terms: tuple[tuple[int, Component], ...]
+
+    def over(self, layers: int) -> list[Component]:
+        """One component a layer: the pattern repeated, its last repetition cut at ``layers``."""
+        once = [component for count, component in self.terms for _ in range(count)]
+        return [once[layer % len(once)] for layer in range(layers)]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{count}*{component}" if count > 1 else str(component) for count, component in self.terms)
+
+
+def _print(value: Value) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
+
+
+class _Reader:
+    """Reads tokens of one spec from left to right; every error shows the text and the place."""
+
+    def __init__(self, text: str):
+        self.text, self.position = text, 0
+
+    def fail(self, what: str):
+        raise UserError(f"layer spec {self.text!r}: {what} at character {self.position + 1}")
+
+    def peek(self) -> re.Match | None:
+        return TOKEN.match(self.text, self.position)
+
+    def take(self, kind: str, wanted: str | None = None) -> str | None:
+        """The next token when it is of ``kind`` (and reads ``wanted``), else None and nothing is consumed."""
+        token = self.peek()
+        if token is None or token.lastgroup != kind or wanted not in (None, token[kind]):
+            return None
+        self.position = token.end()
+        return token[kind]
+
+    def at_end(self) -> bool:
+        return not self.text[self.position :].strip()
+
+    def value(self) -> Value:
+        if (number := self.take("number")) is not None:
+            return int(number) if re.fullmatch(r"[-+]?\d+", number) else float(number)
+        if (word := self.take("word")) is not None:
+            return {"true": True, "false": False, "none": None}.get(word.lower(), word)
+        self.fail("expected a value")
+
+    def component(self) -> Component:
+        name = self.take("word")
+        if name is None:
+            self.fail("expected a name")
+        options: dict[str, Value] = {}
+        if self.take("mark", "("):
+            while not self.take("mark", ")"):
+                key = self.take("word")
+                if key is None or not self.take("mark", "="):
+                    self.fail("expected option=value")
+                if key in options:
+                    self.fail(f"option {key!r} is given twice")
+                options[key] = self.value()
+                if not self.take("mark", ",") and not (self.peek() and self.peek()["mark"] == ")"):
+                    self.fail("expected ',' or ')'")
+        return Component(name, tuple(options.items()))
+
+    def term(self) -> tuple[int, Component]:
+        number = self.take("number")
+        if number is None:
+            return 1, self.component()
+        if not number.isdigit() or int(number) < 1 or not self.take("mark", "*"):
+            self.fail("expected a count of layers such as 3*name")
+        return int(number), self.component()
+
+
+def parse_component(text: str) -> Component:
+    """Parse one component; raises UserError that shows the text and the place."""
+    reader = _Reader(text)
+    component = reader.component()
+    if not reader.at_end():
+        reader.fail("unexpected text")
+    return component
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Parse a pattern over the depth, ``3*a + b``; raises UserError that shows the text and the place."""
+    reader = _Reader(text)
+    terms = [reader.term()]
+    while reader.take("mark", "+"):
+        terms.append(reader.term())
+    if not reader.at_end():
+        reader.fail("unexpected text")
+    return Pattern(tuple(terms))
+
+
+class Registry:
+    """The named components of one package. Importing a file of the package registers what it defines, so that
+    adding a component touches that file alone."""
+
+    def __init__(self, kind: str, package: str):
+        self.kind, self.package = kind, package
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Class decorator: ``name`` is what a user writes in a spec."""
+
+        def add(cls: type) -> type:
+            if name in self._classes:
+                raise ValueError(f"two {self.kind} components are named {name!r}")
+            cls.name = name
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def classes(self) -> dict[str, type]:
+        """All registered classes by name, in the order of their files."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return self._classes
+
+    def resolve(self, component: Component) -> tuple[type, Options]:
+        """The class that a component names, and its options with every default filled in and checked.
+
+        ``module:Class`` is imported from the user's own code. Raises UserError for an unknown name (listing the
+        known ones), an unknown option (listing the component's) and an ill-typed value (with type and default).
+        """
+        if ":" in component.name:
+            cls = self._import(component.name)
+        else:
+            known = self.classes()
+            if component.name not in known:
+                raise UserError(f"unknown {self.kind} {component.name!r}: {suggestion(component.name, known)}")
+            cls = known[component.name]
+        return cls, self._check(cls, component)
+
+    def _import(self, path: str) -> type:
+        module, name = path.split(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import {self.kind} {path!r}: {error}; is its folder on PYTHONPATH?") from error
+
+    def _check(self, cls: type, component: Component) -> Options:
+        try:
+            return cls.Options(**dict(component.options))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            option, fields = str(problem["loc"][0]), cls.Options.model_fields
+            if option not in fields:
+                hint = suggestion(option, fields) if fields else "it takes no options"
+                raise UserError(f"{self.kind} {component.name!r} has no option {option!r}: {hint}") from None
+            field = fields[option]
+            kind = getattr(field.annotation, "__name__", str(field.annotation))
+            raise UserError(
+                f"{self.kind} {component.name!r}: {option}={_print(problem['input'])} is not valid "
+                f"({problem['msg']}; type {kind}, default {_print(field.default)})"
+            ) from None
+
+
+def fingerprint(tree: Any) -> str:
+    """sha256 of a JSON-able tree in canonical form: the same content, the same hash, on every machine."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
