@@ -103,6 +103,7 @@ class GPT(nn.Module):
 
     def __init__(self, plan: ModelPlan, activation_checkpointing: bool = False):
         super().__init__()
+        self.shape = plan.shape
         parts = layer_specs(plan, activation_checkpointing)
         self.prefixes = [part.prefix for part in parts[:-1]]
         self.parts = nn.ModuleList(part.spec.build() for part in parts[:-1])

@@ -1,0 +1,48 @@
+"""The loss on a fixed validation set, in a fixed order, whatever the number of ranks."""
+
+import numpy as np
+import torch
+import torch.distributed
+
+from megaresid.data.shards import TokenStream
+from megaresid.errors import UserError
+from megaresid.training.engine import Engine
+
+
+class Validation:
+    """Mean cross-entropy (nats per token) over the first windows of the validation split.
+
+    The windows are those that fit in ``tokens`` (or in the split, if it is smaller). Every rank runs the same number
+    of micro-batches; the last ones are padded with windows whose targets count nothing.
+    """
+
+    def __init__(self, stream: TokenStream, context: int, tokens: int, micro_batch: int, rank: int, ranks: int):
+        self.stream, self.context, self.micro_batch = stream, context, micro_batch
+        self.rank, self.ranks = rank, ranks
+        self.windows = min(tokens, len(stream) - 1) // context
+        if self.windows < 1:
+            raise UserError(
+                f"validation needs one window of {context + 1} tokens: the split has {len(stream)} tokens and "
+                f"--validation-tokens is {tokens}"
+            )
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        total = torch.zeros((), dtype=torch.float64)
+        per_round = self.micro_batch * self.ranks
+        for start in range(0, self.windows, per_round):
+            idx, targets = self._micro_batch(start + self.rank * self.micro_batch)
+            total += engine.loss(idx, targets).cpu().double() * targets.numel()
+        total = total.to(engine.device)
+        torch.distributed.all_reduce(total)
+        return {"val_loss": total.item() / (self.windows * self.context)}
+
+    def _micro_batch(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows ``first`` and following; those past the end are zeros with targets of -1."""
+        tokens = np.zeros((self.micro_batch, self.context + 1), dtype=np.int64)
+        present = max(0, min(self.micro_batch, self.windows - first))
+        for row in range(present):
+            tokens[row] = self.stream.read((first + row) * self.context, self.context + 1)
+        windows = torch.from_numpy(tokens)
+        idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        targets[present:] = -1
+        return idx, targets

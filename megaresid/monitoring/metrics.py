@@ -1,0 +1,80 @@
+"""One place that every number of a run goes through: metrics.jsonl, TensorBoard, the user's monitors, the screen."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megaresid.monitoring.tensorboard import TensorBoard
+from megaresid.training.run_dir import SCHEMA
+
+Number = float | int | None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this rank has held: of the GPU's memory where there is one, else of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Recorder:
+    """Writes rows of metrics. Only rank 0 makes one.
+
+    A row is flushed at once, so that a killed run keeps what it knew. On a terminal a progress bar stays below the
+    lines; elsewhere there are lines alone.
+    """
+
+    def __init__(self, run: Path, first_step: int, steps: int, monitors=None):
+        self._file = open(run / "metrics.jsonl", "a", buffering=1)
+        self._tensorboard = TensorBoard(run / "tensorboard", first_step)
+        self._monitors = monitors
+        self._console = Console(soft_wrap=True, highlight=False)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("training", total=steps, completed=first_step)
+        self._steps = steps
+
+    def __enter__(self) -> "Recorder":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+        self._tensorboard.close()
+        self._file.close()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def record(self, step: int, row: dict[str, Number]) -> None:
+        """Store one row of named numbers for ``step`` (None: not known, shown as n/a and kept out of the plots)."""
+        self._file.write(json.dumps({"schema": SCHEMA, "step": step, **row}) + "\n")
+        known = {name: value for name, value in row.items() if value is not None}
+        self._tensorboard.scalars(known, step)
+        if self._monitors is not None:
+            self._monitors.write_events([(name, value, step) for name, value in known.items()])
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def progress_line(self, step: int, row: dict[str, Number]) -> None:
+        mfu = row["mfu"]
+        self.say(
+            f"step {step}/{self._steps}  loss {row['train_loss']:.4f}  lr {row['learning_rate']:.3g}  "
+            f"gradient norm {row['gradient_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}  memory {row['memory_bytes'] / 2**30:.2f} GiB"
+        )
+
+    def evaluation_line(self, step: int, row: dict[str, Number]) -> None:
+        """The machine-readable line of a validation: TRAIN_METRICS: step=…, train_loss=…, val_loss=…"""
+        self.say("TRAIN_METRICS: " + ", ".join([f"step={step}", *(f"{k}={_print(v)}" for k, v in row.items())]))
+
+
+def _print(value: Number) -> str:
+    return "nan" if value is None else f"{value:.6f}"

@@ -1,0 +1,34 @@
+"""A finished or running run, read back without DeepSpeed's engine."""
+
+from pathlib import Path
+
+from megaresid.config import RunConfig, from_flat
+from megaresid.errors import UserError
+from megaresid.model.gpt import GPT, canonical_parameters
+from megaresid.model.plan import ModelPlan
+from megaresid.training.checkpoint import find_checkpoint, read_parameters
+from megaresid.training.run_dir import read_json
+
+
+def run_of(path: Path) -> Path:
+    """The run directory of a run or of one of its checkpoints."""
+    return path if (path / "config.json").exists() else path.parent.parent
+
+
+def load_config(run: Path) -> RunConfig:
+    values = read_json(run, "config.json")
+    values.pop("schema", None)
+    return from_flat(values, str(run / "config.json"))
+
+
+def load_model(path: Path) -> GPT:
+    """The model of a run directory or checkpoint, fp32 on the CPU, in evaluation mode. Raises UserError."""
+    config = load_config(run_of(path))
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: there is no complete checkpoint yet")
+    model = GPT(ModelPlan(config.shape, config.model.attention, config.model.residual))
+    saved = read_parameters(checkpoint)
+    for name, parameter in canonical_parameters(model, model.prefixes).items():
+        parameter.data.copy_(saved[name])
+    return model.eval()

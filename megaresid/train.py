@@ -1,0 +1,25 @@
+"""Train: ``deepspeed --module megaresid.train --deepspeed_config ds_configs/zero1.json --data DIR …``"""
+
+import os
+import sys
+
+from megaresid.config import parse
+from megaresid.errors import exits_with_user_errors
+
+
+@exits_with_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    config = parse(sys.argv[1:] if arguments is None else arguments)
+    # After the options are parsed: --help must not wait for these imports.
+    from megaresid.training.estimate import print_estimate
+    from megaresid.training.run import execute, prepare
+
+    prepared = prepare(config)
+    if not config.run.dry_run:
+        execute(prepared)
+    elif os.environ.get("RANK", "0") == "0":
+        print_estimate(prepared.plan, config, prepared.ds_config, prepared.batch, len(prepared.training))
+
+
+if __name__ == "__main__":
+    main()

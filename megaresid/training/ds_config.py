@@ -1,0 +1,151 @@
+"""The user's DeepSpeed JSON: read, checked against our options, and resolved.
+
+It is the truth for ZeRO, offload, communication, precision and monitors. Batch fields, clipping, learning rate,
+weight decay and betas may be ``"auto"`` or absent and then come from our options; a value there that contradicts an
+option is an error, since one of the two would be ignored silently.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaresid.config import RunConfig
+from megaresid.errors import UserError, suggestion
+
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+PASSED_ON = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "bf16",
+    "torch_autocast",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+)
+REFUSED = {
+    "scheduler": "the learning rate is a function of the step: use --schedule",
+    "fp16": "use torch_autocast with bfloat16, which needs no loss scale",
+    "amp": "use torch_autocast with bfloat16",
+    "activation_checkpointing": "use --activation-checkpointing",
+    "checkpoint": "checkpoints are this project's own: use --checkpoint-interval",
+}
+NEVER = 1 << 40  # DeepSpeed prints its own step line every this many steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a global batch is split: ``micro`` sequences x ``accumulation`` forwards x ``ranks``."""
+
+    micro: int
+    accumulation: int
+    ranks: int
+
+    @property
+    def sequences(self) -> int:
+        return self.micro * self.accumulation * self.ranks
+
+
+def plan_batch(config: RunConfig, ranks: int) -> Batch:
+    """Split the global batch over ``ranks``; raises UserError with the numbers where it does not divide."""
+    total, micro = config.batch.global_batch_size, config.batch.micro_batch_size
+    if total % ranks:
+        raise UserError(f"--global-batch-size {total} is not divisible by the {ranks} ranks: choose a multiple of them")
+    share = total // ranks
+    if micro is None:
+        micro = next(size for size in range(min(16, share), 0, -1) if share % size == 0)
+    if share % micro:
+        raise UserError(
+            f"--global-batch-size {total} is not divisible by micro-batch {micro} x {ranks} ranks: "
+            f"choose a micro-batch that divides {share}"
+        )
+    return Batch(micro, share // micro, ranks)
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """``engine`` goes to ``deepspeed.initialize``; ``monitors`` are the user's, fed by our own events."""
+
+    engine: dict[str, Any]
+    monitors: dict[str, Any]
+
+    @property
+    def stage(self) -> int:
+        return self.engine["zero_optimization"]["stage"]
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """The dtype that matrix products run in where it is not fp32, e.g. ``bfloat16``."""
+        autocast = self.engine.get("torch_autocast", {})
+        if autocast.get("enabled"):
+            return autocast.get("dtype", "bfloat16").removeprefix("torch.")
+        return "bfloat16" if self.engine.get("bf16", {}).get("enabled") else None
+
+
+def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
+    """Read ``path`` and fill what is "auto" or absent. Raises UserError naming the file, the key and the mend."""
+    tree = _read(path)
+    for key in tree:
+        if key in REFUSED:
+            raise UserError(f"{path}: {key} is not supported here: {REFUSED[key]}")
+        if key not in PASSED_ON + MONITORS:
+            raise UserError(f"{path}: unknown key {key!r}: {suggestion(key, PASSED_ON + MONITORS)}")
+    monitors = {key: tree.pop(key) for key in MONITORS if key in tree}
+
+    def settle(section: dict, key: str, value: Any, option: str) -> None:
+        given = section.get(key, "auto")
+        if given != "auto" and given != value:
+            raise UserError(f'{path}: {key} is {given} but {option} is {value}: set it to "auto", or make them agree')
+        section[key] = value
+
+    settle(tree, "train_batch_size", batch.sequences, "--global-batch-size")
+    settle(tree, "train_micro_batch_size_per_gpu", batch.micro, "the micro-batch")
+    settle(tree, "gradient_accumulation_steps", batch.accumulation, "the accumulation")
+    settle(tree, "gradient_clipping", config.optimizer.clip, "--clip")
+    _settle_optimizer(path, tree, config, settle)
+    zero = tree.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']}: it is 0, 1, 2 or 3")
+    if tree.get("bf16", {}).get("enabled") and zero["stage"] == 0:
+        raise UserError(f"{path}: bf16.enabled with ZeRO 0 has no fp32 weights: use torch_autocast, or stage 1 to 3")
+    if config.execution.compile and zero["stage"] == 3:
+        raise UserError(f"{path}: --compile does not work with ZeRO-3: leave it out, or use stage 0 to 2")
+    tree.setdefault("steps_per_print", NEVER)
+    return DeepSpeedConfig(tree, monitors)
+
+
+def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None:
+    optimizer = tree.get("optimizer")
+    if not isinstance(optimizer, dict) or "type" not in optimizer:
+        raise UserError(f'{path}: no optimizer is named: add "optimizer": {{"type": "AdamW", "params": {{}}}}')
+    params = optimizer.setdefault("params", {})
+    settle(params, "lr", config.optimizer.learning_rate, "--learning-rate")
+    settle(params, "weight_decay", config.optimizer.weight_decay, "--weight-decay")
+    if "betas" in params or "adam" in optimizer["type"].lower():
+        params["betas"] = list(params["betas"]) if isinstance(params.get("betas"), list) else "auto"
+        settle(params, "betas", list(config.optimizer.betas), "--betas")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed-config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed-config {path}: not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--deepspeed-config {path}: expected an object of keys and values")
+    return tree

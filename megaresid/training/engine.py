@@ -1,0 +1,113 @@
+"""The DeepSpeed engine behind a small contract: train on a step's micro-batches, evaluate, name the parameters."""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megaresid.config import RunConfig
+from megaresid.errors import UserError
+from megaresid.model.gpt import build, canonical_parameters, canonical_rules
+from megaresid.model.plan import ModelPlan
+from megaresid.training.ds_config import Batch, DeepSpeedConfig
+from megaresid.training.optimizer import parameter_groups, set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step: this rank's mean loss (a tensor, so that nothing waits for the device), the norm of
+    the global gradient before clipping, and whether the update was skipped because that is not finite."""
+
+    loss: torch.Tensor
+    gradient_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A model under ``deepspeed.initialize``; every method is called by every rank.
+
+    ``parameters`` maps canonical names to the live parameters.
+    """
+
+    def __init__(self, plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch):
+        model = build(plan, config.run.seed, config.execution.activation_checkpointing)
+        self.parameters = canonical_parameters(model, model.prefixes)
+        rules = canonical_rules(model, model.prefixes, plan.shape.layers)
+        groups = parameter_groups(self.parameters, rules, config.optimizer)
+        module = torch.compile(model) if config.execution.compile else model
+        self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.batch = batch
+        self.stage = ds_config.stage
+
+    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> StepResult:
+        """One optimizer step over ``batch.accumulation`` micro-batches (idx, targets), int64 [m, T] each."""
+        set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
+        micro_batches = iter(micro_batches)
+        loss_sum = torch.zeros((), device=self.device)
+        skipped_before = self.deepspeed.skipped_steps
+        norm, skip = None, False
+        for _ in range(self.batch.accumulation):
+            idx, targets = (t.to(self.device, non_blocking=True) for t in next(micro_batches))
+            _, loss = self.deepspeed(idx, targets)
+            self.deepspeed.backward(loss)
+            loss_sum += loss.detach().float()
+            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm, skip = self._guard_unsharded()
+            self.deepspeed.step()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+            skip = self.deepspeed.skipped_steps > skipped_before
+        return StepResult(loss_sum / self.batch.accumulation, float(norm), skip)
+
+    def _guard_unsharded(self) -> tuple[torch.Tensor, bool]:
+        """The norm at stage 0, where DeepSpeed keeps none; it would also apply gradients that are not finite, so
+        those are dropped here (the optimizer passes over a parameter without one). Equal on all ranks: the
+        gradients are averaged already."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if skip := not bool(torch.isfinite(norm)):
+            self.deepspeed.zero_grad()
+        return norm, skip
+
+    @torch.no_grad()
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch in evaluation mode: a sum over valid targets divided by all positions."""
+        self.deepspeed.eval()
+        try:
+            _, loss = self.deepspeed(idx.to(self.device), targets.to(self.device))
+        finally:
+            self.deepspeed.train()
+        return loss.float()
+
+
+def start_process_group() -> None:
+    """Join the ranks that the launcher started (or be the only one), on the GPU with NCCL, else with gloo.
+
+    On a CPU the machine's cores are shared out among its ranks, unless OMP_NUM_THREADS says otherwise.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    accelerator, local_rank = get_accelerator(), int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        torch.set_num_threads(_threads())
+    elif local_rank >= accelerator.device_count():
+        raise UserError(f"rank {local_rank} of this machine has no GPU: start at most {accelerator.device_count()}")
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+
+
+def _threads() -> int:
+    """This rank's share of the machine's cores, or what OMP_NUM_THREADS says (torchrun sets 1 unasked)."""
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is not None and not (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return int(chosen)
+    environ = os.environ
+    ranks_here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ["WORLD_SIZE"]
+    return max(1, len(os.sched_getaffinity(0)) // int(ranks_here))

@@ -1,0 +1,93 @@
+"""What a run will need, told before it starts: ``--dry-run``."""
+
+import json
+from contextlib import nullcontext
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses import FakeTensorMode
+
+from megaresid.config import RunConfig
+from megaresid.model.count import parameters_by_component
+from megaresid.model.flops import forward_flops_per_token, training_flops_per_token
+from megaresid.model.gpt import GPT
+from megaresid.model.plan import ModelPlan
+from megaresid.training.ds_config import Batch, DeepSpeedConfig
+
+
+def saved_activation_bytes(plan: ModelPlan, batch: Batch, recompute: bool, autocast: str | None) -> int:
+    """Bytes that one forward of a micro-batch keeps for its backward, parameters excluded.
+
+    Counted, not derived: the model runs on fake tensors, which have shapes and dtypes but no memory, and the storages
+    that autograd saves are added up.
+    """
+    saved: dict[int, int] = {}
+    with FakeTensorMode():
+        model = GPT(plan, activation_checkpointing=recompute)
+        owned = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in owned:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        idx = torch.zeros(batch.micro, plan.shape.context, dtype=torch.int64)
+        cast = torch.autocast("cpu", dtype=getattr(torch, autocast)) if autocast else nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+            _, loss = model(idx, idx)
+        del loss
+    return sum(saved.values())
+
+
+def memory_per_rank(plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch) -> dict[str, int]:
+    """Bytes per rank by purpose. Exact for what ZeRO holds between steps; buffers of communication and of the
+    allocator come on top."""
+    shape, ranks, stage = plan.shape, batch.ranks, ds_config.stage
+    parameters = sum(parameters_by_component(plan).values())
+    parameters += (shape.padded_vocab_size - shape.vocab_size) * shape.width
+    half = ds_config.engine.get("bf16", {}).get("enabled", False)
+    states = 2 if "adam" in ds_config.engine["optimizer"]["type"].lower() else 1
+    offloaded = ds_config.engine["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    masters = 0 if stage == 0 else 4 * parameters // ranks
+    optimizer = masters + 4 * states * parameters // (ranks if stage else 1)
+    return {
+        "weights": (2 if half else 4) * parameters // (ranks if stage == 3 else 1),
+        "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
+        "optimizer (offloaded)" if offloaded else "optimizer": optimizer,
+        "saved activations": saved_activation_bytes(
+            plan, batch, config.execution.activation_checkpointing, ds_config.autocast_dtype
+        ),
+    }
+
+
+def print_estimate(
+    plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch, training_tokens: int
+) -> None:
+    """Print parameters, tokens, FLOPs, memory per rank and the resolved DeepSpeed JSON."""
+    console = Console(soft_wrap=True, highlight=False)
+    counts, flops = parameters_by_component(plan), forward_flops_per_token(plan)
+    table = Table("component", "parameters", "forward FLOPs per token")
+    for component in dict.fromkeys((*counts, *flops)):
+        table.add_row(component, f"{counts.get(component, 0):,}", f"{flops.get(component, 0):,}")
+    table.add_section()
+    table.add_row("all", f"{sum(counts.values()):,}", f"{sum(flops.values()):,}")
+    console.print(table)
+
+    tokens_per_step = batch.sequences * plan.shape.context
+    tokens = tokens_per_step * config.run.steps
+    console.print(
+        f"batch     {batch.micro} sequences x {batch.accumulation} accumulation x {batch.ranks} ranks = "
+        f"{batch.sequences} sequences, {tokens_per_step:,} tokens per step"
+    )
+    console.print(
+        f"run       {config.run.steps:,} steps, {tokens:,} tokens ({tokens / training_tokens:.2f} epochs of "
+        f"{training_tokens:,}), {training_flops_per_token(plan) * tokens:.3g} FLOPs"
+    )
+    memory = memory_per_rank(plan, config, ds_config, batch)
+    parts = ", ".join(f"{purpose} {size / 2**30:.2f}" for purpose, size in memory.items())
+    on_device = sum(size for purpose, size in memory.items() if "offloaded" not in purpose)
+    console.print(f"memory    about {on_device / 2**30:.2f} GiB per rank ({parts} GiB), buffers not counted")
+    console.print(f"spec      {plan.hash}")
+    console.print("DeepSpeed " + json.dumps(ds_config.engine), markup=False)

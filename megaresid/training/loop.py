@@ -1,0 +1,119 @@
+"""The training loop: steps, and what happens between them."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+
+from megaresid.config import IntervalOptions
+from megaresid.evaluation.hook import Hook
+from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
+from megaresid.training.engine import Engine, StepResult
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the loop runs: steps ``first`` to ``steps`` (exclusive), each of ``tokens_per_step`` tokens."""
+
+    first: int
+    steps: int
+    tokens_per_step: int
+    learning_rate: Callable[[int], float]
+    flops_per_token: int
+    peak_flops: float | None  # of all ranks together; None where it is not known
+
+
+class TrainingClock:
+    """Seconds spent on training itself: evaluation and saving stop it, so that tokens per second mean training."""
+
+    def __init__(self):
+        self._since, self._spent = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return self._spent + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def __enter__(self) -> None:
+        """Stop while the block runs."""
+        self._spent, self._since = self.seconds(), None
+
+    def __exit__(self, *_) -> None:
+        self._since = time.perf_counter()
+
+
+def train(
+    engine: Engine,
+    micro_batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    course: Course,
+    intervals: IntervalOptions,
+    hooks: Sequence[Hook],
+    save: Callable[[int], None],
+    recorder: Recorder | None,
+) -> None:
+    """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
+
+    ``save(step)`` writes a checkpoint of the state after ``step`` updates, on every rank.
+    """
+    clock = TrainingClock()
+    if course.first == 0:
+        with clock:
+            _evaluate(engine, 0, None, course, hooks, recorder)
+    logged_step, logged_seconds, saved = course.first, clock.seconds(), course.first
+    for step in range(course.first, course.steps):
+        rate = course.learning_rate(step)
+        result = engine.train_step(micro_batches, rate)
+        done = step + 1
+        last = done == course.steps
+        if recorder:
+            recorder.advance(done)
+        if _due(intervals.log_interval, done, last) or any(hook.due(done, course.steps) for hook in hooks):
+            loss = _mean_over_ranks(result.loss)
+            elapsed = clock.seconds() - logged_seconds
+            if recorder:
+                row = _row(result, loss, rate, (done - logged_step) * course.tokens_per_step / elapsed, course, engine)
+                row |= {"tokens": done * course.tokens_per_step, "training_seconds": clock.seconds()}
+                recorder.record(done, row)
+                recorder.progress_line(done, row)
+            logged_step, logged_seconds = done, clock.seconds()
+            with clock:
+                _evaluate(engine, done, loss, course, hooks, recorder)
+        if _due(intervals.checkpoint_interval, done, last) and saved != done:
+            with clock:
+                save(done)
+            saved = done
+
+
+def _due(interval: int, step: int, last: bool) -> bool:
+    return interval > 0 and (step % interval == 0 or last)
+
+
+def _mean_over_ranks(loss: torch.Tensor) -> float:
+    """The mean loss of the whole global batch: every rank holds an equal share of it."""
+    total = loss.clone()
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()
+
+
+def _row(result: StepResult, loss: float, rate: float, speed: float, course: Course, engine: Engine) -> dict:
+    return {
+        "train_loss": loss,
+        "learning_rate": rate,
+        "gradient_norm": result.gradient_norm,
+        "skipped": int(result.skipped),
+        "tokens_per_second": speed,
+        "mfu": course.flops_per_token * speed / course.peak_flops if course.peak_flops else None,
+        "memory_bytes": peak_memory_bytes(engine.device),
+    }
+
+
+def _evaluate(
+    engine: Engine, step: int, loss: float | None, course: Course, hooks: Sequence[Hook], recorder: Recorder | None
+) -> None:
+    due = [hook for hook in hooks if hook.due(step, course.steps)]
+    if not due:
+        return
+    found = {name: value for hook in due for name, value in hook.measure(engine).items()}
+    if recorder:
+        recorder.record(step, {"tokens": step * course.tokens_per_step, **found})
+        recorder.evaluation_line(step, {"train_loss": loss, **found})

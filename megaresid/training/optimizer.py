@@ -1,0 +1,41 @@
+"""Named parameter groups from the model's own rules, and the learning rate written into them before each step."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from megaresid.config import OptimizerOptions
+from megaresid.model.init import Rule
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], options: OptimizerOptions
+) -> list[dict]:
+    """Groups for the optimizer, one for each (decay, learning-rate multiplier) that occurs among the rules.
+
+    ``parameters`` and ``rules`` go by canonical name. The groups partition the parameters (asserted): one that is
+    in no group would silently never train, one that is in two would be updated twice.
+    """
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in parameters.items():
+        rule = rules[name]
+        group = groups.setdefault(
+            (rule.decay, rule.lr_multiplier),
+            {
+                "name": f"{'decay' if rule.decay else 'no_decay'}-x{rule.lr_multiplier:g}",
+                "params": [],
+                "lr": options.learning_rate * rule.lr_multiplier,
+                "lr_multiplier": rule.lr_multiplier,
+                "weight_decay": options.weight_decay if rule.decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in parameters.values()}
+    return list(groups.values())
+
+
+def set_learning_rate(groups: list[dict], base: float) -> None:
+    """Write ``base`` times each group's multiplier into the optimizer's live groups."""
+    for group in groups:
+        group["lr"] = base * group["lr_multiplier"]

@@ -1,0 +1,120 @@
+"""The run directory: everything that a run is and did, each file naming its schema version."""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megaresid.errors import UserError
+
+SCHEMA = 1
+PACKAGES = ("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "numpy", "tiktoken", "tensorboard")
+
+
+def check_usable(path: Path, resuming: bool) -> None:
+    """Raises UserError when ``path`` holds something that a new run would overwrite. Writes nothing."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file: name a folder")
+    if path.exists() and any(path.iterdir()):
+        if not resuming:
+            raise UserError(f"--run-dir {path} is in use: choose another, or go on with it by --resume auto")
+        if not (path / "config.json").is_file():
+            raise UserError(f"--run-dir {path} holds no run (no config.json): choose another folder")
+
+
+class RunDirectory:
+    """The files of one run. Only rank 0 makes one; it holds a lock for as long as its process lives."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--run-dir {path} is in use by another process: wait for it, or choose another") from None
+
+    def write(self, name: str, tree: dict[str, Any]) -> None:
+        """Write ``name`` (a JSON file) whole or not at all."""
+        write_json(self.path / name, {"schema": SCHEMA, **tree})
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the rows of ``metrics.jsonl`` after ``step``: a resumed run writes those steps again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, path)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(tree, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(run: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a run directory; raises UserError when ``run`` is not one."""
+    try:
+        return json.loads((run / name).read_text())
+    except OSError:
+        raise UserError(f"{run} is not a run directory: it has no {name}") from None
+    except ValueError as error:
+        raise UserError(f"{run / name} is damaged: {error}") from None
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on, as far as it can change a result: for ``environment.json``."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv[1:],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": devices,
+        "cuda": torch.version.cuda,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads_per_rank": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

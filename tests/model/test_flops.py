@@ -1,0 +1,31 @@
+"""The FLOP count, against a count of the matrix products that really run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaresid.model.flops import forward_flops_per_token, training_flops_per_token
+from megaresid.model.gpt import build
+from megaresid.model.plan import ModelPlan
+from megaresid.model.presets import PRESETS, ModelShape
+
+
+def test_products_equal_the_counted_ones():
+    """The counter sees every matrix product; attention through the math kernel runs the full T x T square, of which
+    causality leaves (T + 1) / 2T. The vocabulary is a multiple of 128, so that nothing is padding."""
+    shape = ModelShape(layers=2, heads=2, width=32, context=64, vocab_size=256)
+    model = build(ModelPlan(shape), seed=0)
+    idx = torch.zeros(1, shape.context, dtype=torch.int64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx)
+    square = shape.layers * 2 * (2 * shape.context * shape.context * shape.width)
+    seen = square * (shape.context + 1) / (2 * shape.context)
+    expected = (counter.get_total_flops() - square + seen) / shape.context
+    assert sum(forward_flops_per_token(ModelPlan(shape)).values()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_training_costs_three_forwards():
+    """GPT-2 Medium: 2 FLOPs for each of the 302.0M + 51.5M weights of the products, and the causal attention."""
+    weights = 24 * 12 * 1024**2 + 1024 * 50257
+    attention = 24 * 4 * 1024 * 1025 / 2
+    assert training_flops_per_token(ModelPlan(PRESETS["gpt2-medium"])) == pytest.approx(3 * (2 * weights + attention))

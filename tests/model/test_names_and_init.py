@@ -1,0 +1,97 @@
+"""Canonical names, initial values and optimizer groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from megaresid.config import OptimizerOptions
+from megaresid.model.gpt import build, canonical_name, canonical_parameters, canonical_rules
+from megaresid.model.init import Constant, Normal, Rule, fill, generator_for
+from megaresid.model.plan import ModelPlan
+from megaresid.model.presets import ModelShape
+from megaresid.training.optimizer import parameter_groups, set_learning_rate
+
+SHAPE = ModelShape(layers=2, heads=2, width=64, context=32, vocab_size=200)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(ModelPlan(SHAPE), seed=5)
+
+
+def test_names_of_one_layer(model):
+    names = [name for name in canonical_parameters(model, model.prefixes) if name.startswith("layers.01.")]
+    projections = [f"attention.{x}_proj" for x in "qkvo"] + ["mlp.fc", "mlp.proj"]
+    sites = ["attention.site.norm", "mlp.site.norm"]
+    assert sorted(names) == sorted(f"layers.01.{x}.{what}" for x in projections + sites for what in ("weight", "bias"))
+
+
+def test_a_pipeline_gives_the_same_names():
+    prefixes = ["embed.tokens", "embed", "layers.00", "layers.01", "head"]
+    for plain, pipeline in (
+        ("parts.0.weight", "tied_modules.tokens.weight"),
+        ("parts.1.positions.weight", "1.positions.weight"),
+        ("parts.3.sites.mlp.norm.bias", "3.sites.mlp.norm.bias"),
+        ("parts.4.norm.weight", "4.norm.weight"),
+    ):
+        assert canonical_name(plain, prefixes) == canonical_name(pipeline, prefixes)
+
+
+def test_every_parameter_has_its_declared_distribution(model):
+    """Mean and standard deviation within five standard errors of GPT-2's values."""
+    depth_scaled = 0.02 / math.sqrt(2 * SHAPE.layers)
+    for name, parameter in canonical_parameters(model, model.prefixes).items():
+        value = parameter.detach()
+        if ".norm.weight" in name:
+            assert (value == 1).all(), name
+        elif name.endswith("bias"):
+            assert (value == 0).all(), name
+        else:
+            std = depth_scaled if name.endswith(("o_proj.weight", "mlp.proj.weight")) else 0.02
+            drawn = value[: SHAPE.vocab_size] if name == "embed.tokens.weight" else value
+            assert abs(drawn.mean()) < 5 * std / math.sqrt(drawn.numel()), name
+            assert abs(drawn.std() - std) < 5 * std / math.sqrt(2 * drawn.numel()), name
+            assert (value[len(drawn) :] == 0).all(), name
+
+
+def test_initial_values_depend_on_seed_and_name_alone(model):
+    deeper = build(ModelPlan(SHAPE.model_copy(update={"activation": "gelu", "heads": 4})), seed=5)
+    theirs = canonical_parameters(deeper, deeper.prefixes)
+    for name, parameter in canonical_parameters(model, model.prefixes).items():
+        assert torch.equal(parameter, theirs[name]), name
+    other = build(ModelPlan(SHAPE), seed=6)
+    name = "layers.00.mlp.fc.weight"
+    assert not torch.equal(theirs[name], canonical_parameters(other, other.prefixes)[name])
+    first, second = (torch.rand(4, generator=generator_for(5, name)) for name in ("a", "b"))
+    assert not torch.equal(first, second)
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    with pytest.raises(KeyError, match="no initial value is declared for: b"):
+        fill({"a": nn.Parameter(torch.empty(2)), "b": nn.Parameter(torch.empty(2))}, {"a": Rule(Constant(0), True)}, 0)
+
+
+def test_groups_partition_the_parameters_and_keep_their_rules(model):
+    parameters = canonical_parameters(model, model.prefixes)
+    rules = canonical_rules(model, model.prefixes, SHAPE.layers)
+    rules["layers.00.mlp.fc.bias"] = Rule(Constant(0.0), decay=False, lr_multiplier=10.0)
+    groups = parameter_groups(parameters, rules, OptimizerOptions(weight_decay=0.3))
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(map(id, parameters.values()))
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    for name, parameter in parameters.items():
+        group = by_id[id(parameter)]
+        assert group["weight_decay"] == (0.3 if parameter.ndim == 2 else 0.0), name
+        assert group["lr_multiplier"] == (10.0 if name == "layers.00.mlp.fc.bias" else 1.0), name
+    set_learning_rate(groups, 2e-3)
+    assert by_id[id(parameters["layers.00.mlp.fc.bias"])]["lr"] == pytest.approx(2e-2)
+    assert by_id[id(parameters["embed.tokens.weight"])]["lr"] == pytest.approx(2e-3)
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    shared = nn.Parameter(torch.zeros(2))
+    rules = {"a": Rule(Normal(1), True), "b": Rule(Normal(1), False)}
+    with pytest.raises(AssertionError):
+        parameter_groups({"a": shared, "b": shared}, rules, OptimizerOptions())
