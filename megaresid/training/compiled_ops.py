@@ -1,0 +1,100 @@
+"""DeepSpeed's compiled operators: where they are kept, built ahead of training, and freed of stale locks.
+
+PyTorch builds an extension under a file named ``lock`` in the extension's folder, which it creates, keeps open while
+it builds and loads, and deletes. A process that is killed meanwhile leaves the file behind, and every later start
+waits for it for ever, silently.
+"""
+
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PATIENCE = 600.0
+"""Seconds after which a lock whose owner could be out of our sight is stale: the slowest build takes about 100."""
+
+
+def use_environment_folder() -> Path:
+    """Set ``TORCH_EXTENSIONS_DIR``, unless it is set, to a folder of this Python environment, and return it.
+
+    Where the environment cannot be written to (one of the site's), it is a folder in the user's cache, one for each
+    version of Python and torch. Call before DeepSpeed is imported.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        folder = Path(sys.prefix, "torch_extensions")
+        if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            versions = f"py{sys.version_info.major}{sys.version_info.minor}-torch{importlib.metadata.version('torch')}"
+            folder = cache / "megaresid" / "torch_extensions" / versions
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+
+def remove_stale_locks(folder: Path) -> list[Path]:
+    """Delete the locks under ``folder`` whose builder is gone; returns them. Call on the first rank of each machine.
+
+    A lock is left alone while a process has it open, or while a ``ninja`` whose parent died still compiles beside
+    it. Where a live builder could be invisible (another user's lock, a job on several machines that share the
+    folder, a system without /proc) it is stale only when it is also older than PATIENCE.
+    """
+    several_machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    removed = []
+    for lock in sorted(folder.glob("**/lock")):
+        try:
+            found = lock.stat()
+            every_owner_is_visible = (
+                found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()
+            )
+            if _has_builder(lock) or (not every_owner_is_visible and time.time() - found.st_mtime < PATIENCE):
+                continue
+            lock.unlink()
+        except FileNotFoundError:  # released meanwhile
+            continue
+        removed.append(lock)
+    return removed
+
+
+def _has_builder(lock: Path) -> bool:
+    return any(
+        _same_file(process / "cwd", lock.parent) and _name(process) == "ninja"
+        or any(_same_file(descriptor, lock) for descriptor in _entries(process / "fd"))
+        for process in _entries(Path("/proc"))
+        if process.name.isdigit()
+    )
+
+
+def _same_file(link: Path, file: Path) -> bool:
+    try:
+        return os.path.samestat(link.stat(), file.stat())
+    except OSError:  # the process has ended, or belongs to somebody else
+        return False
+
+
+def _name(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    try:
+        yield from folder.iterdir()
+    except OSError:
+        return
+
+
+def build() -> None:
+    """Build what every run on a CPU loads, the collectives in shared memory; a GPU's runs load nothing compiled."""
+    remove_stale_locks(use_environment_folder())
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and builder.is_compatible(verbose=True):
+        builder.load(verbose=True)
+
+
+if __name__ == "__main__":
+    build()

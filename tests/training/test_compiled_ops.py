@@ -1,0 +1,119 @@
+"""Stale locks of compiled operators: removed when the builder is gone, never while one is at work."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megaresid.training import compiled_ops
+from megaresid.training.compiled_ops import PATIENCE, remove_stale_locks, use_environment_folder
+
+HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture(autouse=True)
+def one_machine(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone as well
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def lock(tmp_path):
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    return tmp_path / "deepspeed_shm_comm" / "lock"
+
+
+@pytest.fixture
+def builder(lock):
+    """Another process that holds the lock as PyTorch's FileBaton does: created exclusively, kept open."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_lock_is_kept_while_its_builder_lives_and_removed_once_it_was_killed(tmp_path, lock, builder):
+    assert remove_stale_locks(tmp_path) == [] and lock.exists()
+    builder.kill()
+    builder.wait()
+    assert remove_stale_locks(tmp_path) == [lock] and not lock.exists()
+
+
+def test_age_does_not_make_a_held_lock_stale(tmp_path, lock, builder):
+    os.utime(lock, (0, 0))
+    assert remove_stale_locks(tmp_path) == [] and lock.exists()
+
+
+def test_it_is_the_lock_that_pytorch_waits_for(tmp_path, lock):
+    """PyTorch cannot take what a killed builder left, and can after the removal; it may hold it meanwhile."""
+    from torch.utils.file_baton import FileBaton
+
+    lock.touch()
+    baton = FileBaton(str(lock))
+    assert not baton.try_acquire()
+    assert remove_stale_locks(tmp_path) == [lock]
+    assert baton.try_acquire()
+    assert remove_stale_locks(tmp_path) == []
+    baton.release()
+
+
+def test_only_locks_are_removed(tmp_path, lock):
+    lock.touch()
+    others = [lock.with_name(name) for name in ("build.ninja", "deepspeed_shm_comm.so", "lock.txt")]
+    for other in others:
+        other.write_text("kept")
+    remove_stale_locks(tmp_path)
+    assert sorted(lock.parent.iterdir()) == sorted(others)
+
+
+def test_a_folder_that_is_not_there_has_no_locks(tmp_path):
+    assert remove_stale_locks(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("age, removed", [(0, False), (PATIENCE + 60, True)])
+def test_on_several_machines_only_an_old_lock_is_stale(tmp_path, lock, monkeypatch, age, removed):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    lock.touch()
+    os.utime(lock, (time.time() - age, time.time() - age))
+    assert remove_stale_locks(tmp_path) == ([lock] if removed else [])
+
+
+def test_an_orphaned_ninja_at_work_in_the_folder_keeps_the_lock(tmp_path, lock):
+    """Its Python was killed and no longer holds the lock, but the compilation goes on."""
+    lock.touch()
+    ninja = tmp_path / "ninja"
+    shutil.copy(shutil.which("sleep"), ninja)
+    process = subprocess.Popen([ninja, "60"], cwd=lock.parent)
+    try:
+        while Path(f"/proc/{process.pid}/comm").read_text() != "ninja\n":
+            time.sleep(0.01)
+        assert remove_stale_locks(tmp_path) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert remove_stale_locks(tmp_path) == [lock]
+
+
+def test_the_folder_is_the_environments(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert use_environment_folder() == tmp_path / "torch_extensions"
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+
+
+def test_a_folder_that_is_set_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "mine"))
+    assert use_environment_folder() == tmp_path / "mine"
+
+
+def test_an_environment_that_cannot_be_written_to_leaves_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled_ops.os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert use_environment_folder().is_relative_to(tmp_path)
