@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests: bash launch/test.sh [--full] [pytest's own arguments, paths from the checkout's root]
+# The quick tier without --full, everything with it. Fails when no test ran.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+tier=(-m "not full")
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --full ]; then tier=(); else arguments+=("$argument"); fi
+done
+
+cd "$megaresid_root"
+exec python -m pytest ${tier[@]+"${tier[@]}"} ${arguments[@]+"${arguments[@]}"}
