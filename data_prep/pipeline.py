@@ -116,7 +116,7 @@ def split_of(digest: bytes, threshold: int) -> str:
 
 
 def prepare(job: Job, report: Report = lambda fraction, documents, tokens: None) -> Manifest:
-    """Make the data set that ``job`` describes; ``report(fraction of the source read, documents, tokens)`` as it grows.
+    """Make the data set that ``job`` describes, calling ``report(fraction of the source read, documents, tokens)``.
 
     Raises UserError for a mistake in the options (before anything is written) or in the text (after deleting what
     was written). A killed job leaves a folder without manifest, which is not a data set.
@@ -168,7 +168,7 @@ def _claim(out: Path) -> bool:
         raise UserError(f"--out {out}: already holds a data set; name another folder, or delete this one")
     if any(out.iterdir()):
         raise UserError(
-            f"--out {out}: not empty (an interrupted data_prep leaves shards and no manifest); delete it or name another"
+            f"--out {out}: not empty (an interrupted data_prep leaves shards, no manifest); delete it or name another"
         )
     return False
 

@@ -34,8 +34,7 @@ def read_batch(stream: TokenStream, windows: np.ndarray, context: int, vocab_siz
             f"{vocab_size}; check the data with python -m data_prep verify {stream.folder}",
             rank_local=True,
         )
-    ids = tokens.astype(np.int64)
-    return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    return torch.from_numpy(tokens[:, :-1].astype(np.int64)), torch.from_numpy(tokens[:, 1:].astype(np.int64))
 
 
 class Loader:

@@ -65,7 +65,7 @@ def check_shard(path: Path, entry: ShardEntry) -> None:
             header = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, but the manifest lists it; copy it here or make the data set again") from None
+        raise UserError(f"{path}: missing, but the manifest lists it; copy it here again") from None
     tokens = parse_header(header, str(path))
     if size != entry.bytes:
         change = "cut short" if size < entry.bytes else "too long"
@@ -102,7 +102,9 @@ class TokenStream:
 
     def locate(self, position: int) -> tuple[str, int]:
         """(shard name, token offset within it) of a position in the stream."""
-        shard = self._shard_at(position)
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of a stream of {len(self)} tokens")
+        shard = bisect_right(self.starts, position) - 1
         return self.shards[shard].name, position - self.starts[shard]
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -116,14 +118,14 @@ class TokenStream:
 
     def read_into(self, start: int, tokens: np.ndarray) -> None:
         """Like ``read``, into a contiguous uint16[length]."""
-        if start < 0 or start + len(tokens) > len(self):
-            raise IndexError(f"tokens [{start}, {start + len(tokens)}) of a stream of {len(self)}")
-        done = 0
-        while done < len(tokens):
-            shard = self._shard_at(start + done)
-            end = min(len(tokens), self.starts[shard + 1] - start)
-            self._fill(shard, start + done - self.starts[shard], tokens[done:end])
-            done = end
+        end = start + len(tokens)
+        if start < 0 or end > len(self):
+            raise IndexError(f"tokens [{start}, {end}) of a stream of {len(self)}")
+        while start < end:
+            shard = bisect_right(self.starts, start) - 1
+            part = tokens[: self.starts[shard + 1] - start]
+            self._fill(shard, start - self.starts[shard], part)
+            start, tokens = start + len(part), tokens[len(part) :]
 
     def read_windows(self, windows: np.ndarray, context: int) -> np.ndarray:
         """uint16[len(windows), context + 1]: window w is tokens [w*context, w*context + context + 1)."""
@@ -139,23 +141,19 @@ class TokenStream:
                 os.close(file)
             self._files.clear()
 
-    def _shard_at(self, position: int) -> int:
-        if not 0 <= position < len(self):
-            raise IndexError(f"position {position} of a stream of {len(self)} tokens")
-        return bisect_right(self.starts, position) - 1
-
     def _fill(self, shard: int, offset: int, tokens: np.ndarray) -> None:
-        view = memoryview(tokens).cast("B")
         position = HEADER_BYTES + TOKEN_BYTES * offset
         # One lock for finding and reading, or another thread could close the file in between.
         with self._lock:
             file = self._file(shard)
-            while view:
-                count = os.preadv(file, [view], position)
-                if count == 0:
+            count = os.preadv(file, [tokens], position)
+            # One call may read less than was asked for, at most 2 GiB.
+            while count < tokens.nbytes:
+                more = os.preadv(file, [memoryview(tokens).cast("B")[count:]], position + count)
+                if not more:
                     path = self.folder / self.shards[shard].name
-                    raise UserError(f"{path}: cut short while in use, it ends before byte {position}", rank_local=True)
-                view, position = view[count:], position + count
+                    raise UserError(f"{path}: cut short while in use at byte {position + count}", rank_local=True)
+                count += more
 
     def _file(self, shard: int) -> int:
         """An open descriptor; the one used longest ago is closed when there are too many."""
