@@ -8,6 +8,7 @@ waits for it for ever, silently.
 import importlib.metadata
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,12 @@ def use_environment_folder() -> Path:
     """Set ``TORCH_EXTENSIONS_DIR``, unless it is set, to a folder of this Python environment, and return it.
 
     Where the environment cannot be written to (one of the site's), it is a folder in the user's cache, one for each
-    version of Python and torch. Call before DeepSpeed is imported.
+    version of Python and torch. The environment's own programs go first on ``PATH``, since another version of
+    ``ninja`` would build everything again, and none at all is an error. Call before DeepSpeed is imported.
     """
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = scripts + os.pathsep + path
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         folder = Path(sys.prefix, "torch_extensions")
         if not os.access(folder if folder.exists() else folder.parent, os.W_OK):

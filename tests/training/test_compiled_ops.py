@@ -20,6 +20,7 @@ def one_machine(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.setenv(name, "")  # so that what a test sets is undone as well
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
 
 
 @pytest.fixture
@@ -106,6 +107,18 @@ def test_the_folder_is_the_environments(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert use_environment_folder() == tmp_path / "torch_extensions"
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+
+
+def test_the_environments_own_ninja_is_the_one_that_builds(monkeypatch, tmp_path):
+    """What one version of ninja built, another builds anew; an environment that is not activated is not on PATH."""
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    use_environment_folder()
+    use_environment_folder()
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
+    assert os.environ["PATH"] == os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])
 
 
 def test_a_folder_that_is_set_is_kept(monkeypatch, tmp_path):
