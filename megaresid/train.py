@@ -5,11 +5,13 @@ import sys
 
 from megaresid.config import parse
 from megaresid.errors import exits_with_user_errors
+from megaresid.training.compiled_ops import use_environment_folder
 
 
 @exits_with_user_errors
 def main(arguments: list[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
+    use_environment_folder()
     # After the options are parsed: --help must not wait for these imports.
     from megaresid.training.estimate import print_estimate
     from megaresid.training.run import execute, prepare

@@ -4,6 +4,10 @@ import numpy as np
 import torch
 import torch.distributed
 
+from torch.nn.functional import pad
+
+from megaresid.data.loader import read_batch
+from megaresid.data.sampler import windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.training.engine import Engine
@@ -16,10 +20,20 @@ class Validation:
     of micro-batches; the last ones are padded with windows whose targets count nothing.
     """
 
-    def __init__(self, stream: TokenStream, context: int, tokens: int, micro_batch: int, rank: int, ranks: int):
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        context: int,
+        tokens: int,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        vocab_size: int,
+    ):
         self.stream, self.context, self.micro_batch = stream, context, micro_batch
-        self.rank, self.ranks = rank, ranks
-        self.windows = min(tokens, len(stream) - 1) // context
+        self.rank, self.ranks, self.vocab_size = rank, ranks, vocab_size
+        self.windows = min(tokens // context, windows(len(stream), context))
         if self.windows < 1:
             raise UserError(
                 f"validation needs one window of {context + 1} tokens: the split has {len(stream)} tokens and "
@@ -38,11 +52,7 @@ class Validation:
 
     def _micro_batch(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows ``first`` and following; those past the end are zeros with targets of -1."""
-        tokens = np.zeros((self.micro_batch, self.context + 1), dtype=np.int64)
-        present = max(0, min(self.micro_batch, self.windows - first))
-        for row in range(present):
-            tokens[row] = self.stream.read((first + row) * self.context, self.context + 1)
-        windows = torch.from_numpy(tokens)
-        idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        targets[present:] = -1
-        return idx, targets
+        present = np.arange(first, min(first + self.micro_batch, self.windows))
+        idx, targets = read_batch(self.stream, present, self.context, self.vocab_size)
+        missing = (0, 0, 0, self.micro_batch - len(present))
+        return pad(idx, missing), pad(targets, missing, value=-1)

@@ -10,9 +10,9 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
 from megaresid.config import RunConfig
-from megaresid.data.loader import Loader, check_capacity
+from megaresid.data.loader import Loader
 from megaresid.data.manifest import Manifest, check_vocabulary, load_manifest
-from megaresid.data.sampler import Sampler, windows
+from megaresid.data.sampler import Sampler, check_capacity, windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
@@ -70,7 +70,8 @@ def prepare(config: RunConfig) -> Prepared:
     manifest = load_manifest(run.data)
     check_vocabulary(manifest, plan.shape.vocab_size)
     training = TokenStream.open(run.data, manifest, "train")
-    check_capacity(len(training), plan.shape.context, batch.sequences)
+    where = f"data folder {run.data}"
+    check_capacity(len(training), context=plan.shape.context, global_batch=batch.sequences, where=where)
     validation = TokenStream.open(run.data, manifest, "val")
     check_usable(run.run_dir, resuming=run.resume is not None)
     return Prepared(
@@ -104,7 +105,8 @@ def _required_checkpoint(path: Path, option: str) -> Path:
 def execute(prepared: Prepared) -> None:
     """Join the ranks, build, restore if asked, train. Called by every rank."""
     config, plan, batch = prepared.config, prepared.plan, prepared.batch
-    compiled_ops.use_environment_folder()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
     rank = torch.distributed.get_rank()
     directory = _agree(lambda: RunDirectory(config.run.run_dir), rank)
@@ -118,7 +120,13 @@ def execute(prepared: Prepared) -> None:
     shape = plan.shape
     sampler = Sampler(windows(len(prepared.training), shape.context), config.run.seed)
     validation = Validation(
-        prepared.validation, shape.context, config.interval.validation_tokens, batch.micro, rank, batch.ranks
+        prepared.validation,
+        context=shape.context,
+        tokens=config.interval.validation_tokens,
+        micro_batch=batch.micro,
+        rank=rank,
+        ranks=batch.ranks,
+        vocab_size=shape.vocab_size,
     )
     peak = peak_flops(engine.device)
     course = Course(

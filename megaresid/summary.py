@@ -1,0 +1,74 @@
+"""What a run came to, in a few lines: ``python -m megaresid.summary --run runs/first``"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from megaresid.data.manifest import load_manifest
+from megaresid.data.shards import TokenStream
+from megaresid.errors import UserError, exits_with_user_errors
+from megaresid.training.run_dir import read_json, read_metrics
+
+COUNTED_TOKENS = 100_000_000
+PIECE = 1 << 20
+
+
+def unigram_loss(training: TokenStream, validation: TokenStream, tokens: int, vocab_size: int) -> float:
+    """Nats per token of the best model that ignores context: add-one frequencies of the training tokens (the first
+    100 million at most), on validation tokens 1 to ``tokens``, which are the targets of the validation loss."""
+    seen = _counts(training, 0, min(len(training), COUNTED_TOKENS), vocab_size)
+    log_probability = np.log((seen + 1) / (seen.sum() + vocab_size))
+    wanted = _counts(validation, 1, tokens, vocab_size)
+    return float(-(wanted * log_probability).sum() / wanted.sum())
+
+
+def _counts(stream: TokenStream, start: int, tokens: int, vocab_size: int) -> np.ndarray:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for at in range(start, start + tokens, PIECE):
+        piece = stream.read(at, min(PIECE, start + tokens - at))
+        counts += np.bincount(piece, minlength=vocab_size)
+    return counts
+
+
+def summarise(run: Path) -> str:
+    """The summary of a run.
+
+    Args:
+        run: A run directory.
+    """
+    rows, data = read_metrics(run), read_json(run, "data.json")
+    config, spec = read_json(run, "config.json"), read_json(run, "spec.json")
+    validations = [row for row in rows if "val_loss" in row]
+    if not validations:
+        raise UserError(f"{run}: no validation has been recorded: train with --validation-interval above 0")
+    shape = spec["shape"]
+    folder = Path(data["folder"])
+    manifest = load_manifest(folder)
+    streams = [TokenStream.open(folder, manifest, split) for split in ("train", "val")]
+    windows = min(config["validation_tokens"], len(streams[1]) - 1) // shape["context"]
+    unigram = unigram_loss(*streams, windows * shape["context"], shape["vocab_size"])
+    first, last = validations[0], validations[-1]
+    lines = [
+        f"validation loss   {first['val_loss']:.3f} at step {first['step']}, {last['val_loss']:.3f} at step "
+        f"{last['step']} after {last['tokens']:,} tokens",
+        f"unigram loss      {unigram:.3f} on the same tokens: the run is {unigram - last['val_loss']:+.3f} below it",
+    ]
+    if speeds := [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]:
+        lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
+    lines += [
+        f"run directory     {run}",
+        f"TensorBoard       {Path(sys.executable).parent / 'tensorboard'} --logdir {run / 'tensorboard'}",
+    ]
+    return "\n".join(lines)
+
+
+@exits_with_user_errors
+def main() -> None:
+    print(tyro.cli(summarise, prog="python -m megaresid.summary"))
+
+
+if __name__ == "__main__":
+    main()

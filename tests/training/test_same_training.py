@@ -1,0 +1,130 @@
+"""The same training whatever DeepSpeed does with it: against a plain PyTorch loop, for every ZeRO stage, one rank and
+two, and every way of cutting the global batch.
+
+AdamW alone would hide a wrong scale of the gradient, so gradient norms are compared, one case uses SGD and one clips.
+"""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+
+from megaresid.config import RunConfig, from_flat
+from megaresid.data.sampler import sample_indices
+from megaresid.model.gpt import build
+from megaresid.model.plan import ModelPlan
+from megaresid.training.ds_config import plan_batch, resolve
+from megaresid.training.engine import Engine
+from megaresid.training.schedule import learning_rate
+
+STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 300
+ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
+SGD = {"type": "SGD", "params": {"momentum": 0.9}}
+
+
+def configuration(**options) -> RunConfig:
+    shape = {"model": "tiny", "layers": 2, "heads": 2, "width": 32, "context": 24}
+    values = {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "learning_rate": 0.01, "clip": 0.0, "seed": 3}
+    return from_flat(shape | values | options, "test")
+
+
+def plan_of(config: RunConfig) -> ModelPlan:
+    return ModelPlan(config.shape.model_copy(update={"vocab_size": VOCABULARY}))
+
+
+def sample(index: int, context: int) -> torch.Tensor:
+    """The tokens of one global sample [context + 1]: few ids of the many, so that there is much to learn."""
+    generator = torch.Generator().manual_seed(index)
+    start, stride = torch.randint(1, 40, (2,), generator=generator).tolist()
+    noise = torch.randint(0, 2, (context + 1,), generator=generator)
+    return (start + stride * torch.arange(context + 1) + noise) % 13
+
+
+def micro_batches(config: RunConfig, batch, rank: int):
+    sizes = {"global_batch": GLOBAL_BATCH, "ranks": batch.ranks, "micro_batch": batch.micro}
+    for step in range(STEPS):
+        for accumulation in range(batch.accumulation):
+            rows = [sample(int(s), config.shape.context) for s in sample_indices(step, accumulation, rank, **sizes)]
+            tokens = torch.stack(rows)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+
+def train_under_deepspeed(tree: dict, options: dict, folder: str) -> list[tuple[float, float]]:
+    """Runs on every rank: (loss over the global batch, gradient norm) of each step."""
+    config = configuration(**options)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    path = f"{folder}/rank{rank}.json"
+    with open(path, "w") as file:
+        json.dump(tree, file)
+    batch = plan_batch(config, ranks)
+    engine = Engine(plan_of(config), config, resolve(Path(path), config, batch), batch)
+    source, found = micro_batches(config, batch, rank), []
+    for step in range(STEPS):
+        result = engine.train_step(source, learning_rate(step, STEPS, config.optimizer))
+        loss = result.loss.clone()
+        torch.distributed.all_reduce(loss)
+        found.append((loss.item() / ranks, result.gradient_norm))
+    engine.deepspeed.destroy()
+    return found
+
+
+def train_plainly(optimizer: str, options: dict) -> list[tuple[float, float]]:
+    """The definition: whole batches, full logits, PyTorch's own loss, clipping and optimizer."""
+    config = configuration(**options)
+    plan = plan_of(config)
+    model = build(plan, config.run.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    decay = config.optimizer.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    if optimizer == "AdamW":
+        stepper = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas)
+    else:
+        stepper = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    found = []
+    for step in range(STEPS):
+        tokens = torch.stack([sample(step * GLOBAL_BATCH + j, config.shape.context) for j in range(GLOBAL_BATCH)])
+        logits, _ = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or math.inf)
+        for group in stepper.param_groups:
+            group["lr"] = learning_rate(step, STEPS, config.optimizer)
+        stepper.step()
+        stepper.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+CASES = {
+    "adamw": (ADAMW, {}),
+    "sgd": (SGD, {"learning_rate": 0.2}),
+    "sgd clipped": (SGD, {"learning_rate": 0.2, "clip": 0.3}),
+}
+CUTS = {"adamw": [(1, 8), (1, 1), (2, 4), (2, 1)], "sgd": [(2, 1)], "sgd clipped": [(1, 8), (2, 1)]}
+
+
+@cache
+def definition(name: str) -> list[tuple[float, float]]:
+    optimizer, options = CASES[name]
+    expected = train_plainly(optimizer["type"], options)
+    assert expected[-1][0] < 0.7 * expected[0][0], "little is learned: the comparison would show little"
+    if "clip" in options:
+        assert all(norm > options["clip"] for _, norm in expected), "clipping is not active"
+    return expected
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name, ranks, micro", [(name, *cut) for name in CASES for cut in CUTS[name]])
+def test_losses_and_gradient_norms_are_the_plain_loops(name, ranks, micro, stage, request, tmp_path):
+    optimizer, options = CASES[name]
+    tree = {"optimizer": optimizer, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    pool = request.getfixturevalue(f"ranks{ranks}")
+    for found in pool.run(train_under_deepspeed, tree, {**options, "micro_batch_size": micro}, str(tmp_path)):
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, definition(name), strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
