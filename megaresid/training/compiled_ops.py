@@ -5,6 +5,7 @@ it builds and loads, and deletes. A process that is killed meanwhile leaves the 
 waits for it for ever, silently.
 """
 
+import fcntl
 import importlib.metadata
 import os
 import sys
@@ -38,27 +39,37 @@ def use_environment_folder() -> Path:
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
-    """Delete the locks under ``folder`` whose builder is gone; returns them. Call on the first rank of each machine.
+    """Delete the locks under ``folder`` whose builder is gone; returns them.
+
+    Call on every rank before DeepSpeed's operators are loaded: a rank that came first and found a stale lock would
+    take its removal by another for the end of a build.
 
     A lock is left alone while a process has it open, or while a ``ninja`` whose parent died still compiles beside
     it. Where a live builder could be invisible (another user's lock, a job on several machines that share the
     folder, a system without /proc) it is stale only when it is also older than PATIENCE.
     """
+    if not folder.is_dir():
+        return []
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # One rank at a time: a lock judged here must not be removed by another rank, and made anew, before we do.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return [lock for lock in sorted(folder.glob("**/lock")) if _removed(lock)]
+    finally:
+        os.close(descriptor)
+
+
+def _removed(lock: Path) -> bool:
     several_machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    removed = []
-    for lock in sorted(folder.glob("**/lock")):
-        try:
-            found = lock.stat()
-            every_owner_is_visible = (
-                found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()
-            )
-            if _has_builder(lock) or (not every_owner_is_visible and time.time() - found.st_mtime < PATIENCE):
-                continue
-            lock.unlink()
-        except FileNotFoundError:  # released meanwhile
-            continue
-        removed.append(lock)
-    return removed
+    try:
+        found = lock.stat()
+        visible = found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()
+        if _has_builder(lock) or (not visible and time.time() - found.st_mtime < PATIENCE):
+            return False
+        lock.unlink()
+    except FileNotFoundError:  # released meanwhile
+        return False
+    return True
 
 
 def _has_builder(lock: Path) -> bool:

@@ -65,6 +65,40 @@ def test_it_is_the_lock_that_pytorch_waits_for(tmp_path, lock):
     baton.release()
 
 
+TAKE = """
+import sys, time
+from pathlib import Path
+from torch.utils.file_baton import FileBaton
+from megaresid.training.compiled_ops import remove_stale_locks
+lock = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+remove_stale_locks(lock.parents[1])
+baton = FileBaton(str(lock))
+if baton.try_acquire():
+    time.sleep(1)
+    (lock.parent / "built").touch()
+    baton.release()
+    print("built")
+else:
+    baton.wait()
+    print("waited", (lock.parent / "built").exists())
+"""
+
+
+def test_ranks_that_start_together_build_once_after_a_stale_lock(tmp_path, lock):
+    """Each clears the folder, then one builds while the other waits for it, and finds what was built."""
+    lock.touch()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", TAKE, lock], **pipes) for _ in range(2)]
+    assert [rank.stdout.readline() for rank in ranks] == ["ready\n"] * 2
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    said = sorted(rank.communicate(timeout=30)[0] for rank in ranks)
+    assert said == ["built\n", "waited True\n"] and not lock.exists()
+
+
 def test_only_locks_are_removed(tmp_path, lock):
     lock.touch()
     others = [lock.with_name(name) for name in ("build.ninja", "deepspeed_shm_comm.so", "lock.txt")]
