@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from megaresid.accelerator import choose_accelerator
 from megaresid.errors import UserError, exits_with_user_errors
 
 
@@ -29,6 +30,7 @@ def generate(
         seed: Of the sampling.
         vocab_file: GPT-2 vocabulary, where it is neither installed nor cached.
     """
+    choose_accelerator()
     import torch
 
     from data_prep.tokenizer import gpt2_encoding

@@ -54,7 +54,7 @@ def summarise(run: Path) -> str:
     lines = [
         f"validation loss   {first['val_loss']:.3f} at step {first['step']}, {last['val_loss']:.3f} at step "
         f"{last['step']} after {last['tokens']:,} tokens",
-        f"unigram loss      {unigram:.3f} on the same tokens: the run is {unigram - last['val_loss']:+.3f} below it",
+        f"unigram loss      {unigram:.3f} on the same tokens: the run ends {_relative(last['val_loss'] - unigram)} it",
     ]
     if speeds := [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]:
         lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
@@ -63,6 +63,10 @@ def summarise(run: Path) -> str:
         f"TensorBoard       {Path(sys.executable).parent / 'tensorboard'} --logdir {run / 'tensorboard'}",
     ]
     return "\n".join(lines)
+
+
+def _relative(difference: float) -> str:
+    return f"{abs(difference):.3f} {'below' if difference < 0 else 'above'}"
 
 
 @exits_with_user_errors

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from megaresid.accelerator import choose_accelerator
 from megaresid.config import parse
 from megaresid.errors import exits_with_user_errors
 from megaresid.training.compiled_ops import use_environment_folder
@@ -12,6 +13,7 @@ from megaresid.training.compiled_ops import use_environment_folder
 def main(arguments: list[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     use_environment_folder()
+    choose_accelerator()
     # After the options are parsed: --help must not wait for these imports.
     from megaresid.training.estimate import print_estimate
     from megaresid.training.run import execute, prepare

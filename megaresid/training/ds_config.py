@@ -5,10 +5,16 @@ weight decay and betas may be ``"auto"`` or absent and then come from our option
 option is an error, since one of the two would be ignored silently.
 """
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from megaresid.config import RunConfig
 from megaresid.errors import UserError, suggestion
@@ -119,6 +125,7 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     zero = tree.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']}: it is 0, 1, 2 or 3")
+    _check_sections(path, tree)
     if tree.get("bf16", {}).get("enabled") and zero["stage"] == 0:
         raise UserError(f"{path}: bf16.enabled with ZeRO 0 has no fp32 weights: use torch_autocast, or stage 1 to 3")
     if config.execution.compile and zero["stage"] == 3:
@@ -137,6 +144,25 @@ def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None
     if "betas" in params or "adam" in optimizer["type"].lower():
         params["betas"] = list(params["betas"]) if isinstance(params.get("betas"), list) else "auto"
         settle(params, "betas", list(config.optimizer.betas), "--betas")
+
+
+def _check_sections(path: Path, tree: dict) -> None:
+    """Hold the sections against DeepSpeed's own models and the optimizer's own arguments, which would otherwise
+    complain only once the ranks have started."""
+    for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            model(**tree.get(section, {}))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key, known = str(problem["loc"][0]), model.model_fields
+            what = problem["msg"] if key in known else f"unknown key: {suggestion(key, known)}"
+            raise UserError(f"{path}: {section}.{key}: {what}") from None
+    optimizer = tree["optimizer"]
+    torch_class = getattr(torch.optim, optimizer["type"], None)
+    if torch_class and (optimizer["params"].get("torch_adam") or "adam" not in optimizer["type"].lower()):
+        known = {*inspect.signature(torch_class).parameters, "torch_adam", "adam_w_mode"} - {"params"}
+        for key in optimizer["params"].keys() - known:
+            raise UserError(f"{path}: optimizer.params.{key}: unknown to {optimizer['type']}: {suggestion(key, known)}")
 
 
 def _read(path: Path) -> dict[str, Any]:

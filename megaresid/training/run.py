@@ -17,6 +17,7 @@ from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation
+from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
 from megaresid.model.plan import ModelPlan
 from megaresid.monitoring.metrics import Recorder
@@ -166,12 +167,35 @@ def execute(prepared: Prepared) -> None:
         last_step=config.run.steps,
         pin=engine.device.type == "cuda",
     )
+    if recorder:
+        _announce(recorder, prepared, course)
     hooks = [Hook("validation", config.interval.validation_interval, validation)]
     with loader, recorder or _Nothing():
         train(engine, iter(loader), course, config.interval, hooks, save, recorder)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
     torch.distributed.destroy_process_group()
+
+
+def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
+    """The lines before the first step: what is trained, on what, and from where."""
+    plan, batch, ds = prepared.plan, prepared.batch, prepared.ds_config
+    parameters = sum(parameters_by_component(plan).values())
+    recorder.say(f"model     {prepared.config.model.model}, {parameters:,} parameters, spec {plan.hash[:12]}")
+    recorder.say(
+        f"batch     {batch.micro} sequences x {batch.accumulation} accumulation x {batch.ranks} ranks = "
+        f"{course.tokens_per_step:,} tokens per step"
+    )
+    recorder.say(
+        f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
+        f"{torch.get_num_threads()} threads per rank"
+    )
+    recorder.say(
+        f"data      {len(prepared.training):,} training and {len(prepared.validation):,} validation tokens, "
+        f"identity {prepared.manifest.identity[:12]}"
+    )
+    start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
+    recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
 
 
 class _Nothing:

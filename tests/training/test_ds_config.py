@@ -53,6 +53,9 @@ def test_sgd_is_given_no_betas(tmp_path):
         ({"fp16": {"enabled": True}}, "fp16 is not supported here"),
         ({"zero_optimisation": {"stage": 1}}, "unknown key 'zero_optimisation': did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag: unknown key: did you mean 'stage'"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be"),
+        ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "momentun: unknown to SGD: did you mean 'momentum'"),
         ({"bf16": {"enabled": True}}, "bf16.enabled with ZeRO 0 has no fp32 weights"),
     ],
 )
