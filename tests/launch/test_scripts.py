@@ -11,23 +11,53 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"])
 
 
+# Stands for every program of the environment: writes what it was called with to `calls`, one argument a line, and
+# does what the scripts wait for: makes the data set, counts two GPUs.
+PROGRAM = """#!/bin/sh
+printf '%s\\n' "$(basename "$0")" "$@" --- >> calls
+case "$*" in
+*--out*) for folder; do :; done; mkdir -p "$folder"; touch "$folder/manifest.json" ;;
+*device_count*) echo 2 ;;
+esac
+exit ${EXIT_CODE:-0}
+"""
+
+
 @pytest.fixture
-def checkout(tmp_path):
-    """A copy of launch/ beside an "environment" that is complete and whose programs print their arguments."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "launch" / "environment.sh").write_text(
-        f'set -euo pipefail\nmegaresid_root="{tmp_path}"\nPATH="{tmp_path}/bin:$PATH"\n'
+def checkout(tmp_path, monkeypatch):
+    """A copy of launch/ beside an environment that is complete and whose programs only record their calls."""
+    root = tmp_path / "check out"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    shutil.copy(ROOT / "setup.cfg", root)
+    (root / ".venv/bin").mkdir(parents=True)
+    sums = [run("cksum", stdin=open(root / file)).stdout for file in ("setup.cfg", "launch/constraints.txt")]
+    (root / ".venv/megaresid-complete").write_text(
+        f"{''.join(sums)}{root}/.venv\nsystem torch: 0\nextras: dev,gpu\n"
     )
-    (tmp_path / "bin").mkdir()
     for program in ("python", "deepspeed"):
-        path = tmp_path / "bin" / program
-        path.write_text(f'#!/bin/sh\nprintf "%s\\n" {program} "$@"\nexit 7\n')
-        path.chmod(0o755)
-    return tmp_path
+        write_program(root / ".venv/bin" / program, PROGRAM)
+    write_program(root / ".venv/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+    monkeypatch.delenv("MEGARESID_SYSTEM_TORCH", raising=False)
+    monkeypatch.chdir(root)
+    # has_gpu is asked before the environment is activated
+    monkeypatch.setenv("PATH", f"{root}/.venv/bin:{os.environ['PATH']}")
+    return root
 
 
-def run(*command, **environment):
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def calls(checkout):
+    """What the programs were called with, in order."""
+    text = (checkout / "calls").read_text() if (checkout / "calls").exists() else ""
+    return [call.splitlines() for call in text.split("---\n") if call]
+
+
+def run(*command, stdin=None, **environment):
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run(command, stdin=stdin, env=os.environ | environment, timeout=60, **output)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -52,32 +82,92 @@ def test_ci_runs_the_tests_and_nothing_else():
     ],
 )
 def test_test_script_chooses_the_tier(checkout, given, received):
-    ran = run("bash", checkout / "launch/test.sh", *given)
-    assert ran.stdout.splitlines() == ["python", "-m", "pytest", *received]
-    assert ran.returncode == 7, "the exit code is pytest's"
+    ran = run("bash", "launch/test.sh", *given, EXIT_CODE="5")
+    assert calls(checkout) == [["python", "-m", "pytest", *received]]
+    assert ran.returncode == 5, "the exit code is pytest's, 5 where no test was collected"
 
 
 def test_train_script_passes_arguments_and_exit_code(checkout):
-    ran = run("bash", checkout / "launch/train.sh", "--module", "megaresid.train", "--run-dir", "a run")
-    assert ran.stdout.splitlines() == ["deepspeed", "--module", "megaresid.train", "--run-dir", "a run"]
+    ran = run("bash", "launch/train.sh", "--module", "megaresid.train", "--run-dir", "a run", EXIT_CODE="7")
+    assert calls(checkout) == [["deepspeed", "--module", "megaresid.train", "--run-dir", "a run"]]
     assert ran.returncode == 7
 
 
 def test_gpt2_medium_needs_data_and_run_directory(checkout):
-    ran = run("bash", checkout / "launch/gpt2_medium.sh", "data/fineweb")
-    assert ran.returncode == 2 and ran.stdout == ""
+    ran = run("bash", "launch/gpt2_medium.sh", "data/fineweb")
+    assert ran.returncode == 2 and calls(checkout) == []
     assert ran.stderr.startswith("usage: bash launch/gpt2_medium.sh DATA RUN_DIR")
     assert len(ran.stderr.splitlines()) == 1
 
 
 def test_gpt2_medium_is_the_reference_run_with_the_callers_options_last(checkout):
-    arguments = run("bash", checkout / "launch/gpt2_medium.sh", "my data", "runs/r", "--seed", "7").stdout.splitlines()
+    run("bash", "launch/gpt2_medium.sh", "my data", "runs/r", "--seed", "7")
+    [[program, *arguments]] = calls(checkout)
+    assert program == "deepspeed"
     value = dict(zip(arguments, arguments[1:]))
     assert value["--num_accelerators"] == "2" and value["--module"] == "megaresid.train"
     assert value["--preset"] == "reference" and value["--micro-batch-size"] == "32"
     assert value["--data"] == "my data" and value["--run-dir"] == "runs/r"
     assert Path(value["--deepspeed_config"]).resolve() == checkout / "ds_configs" / "h200x2.json"
     assert arguments[-2:] == ["--seed", "7"]
+
+
+def training_options(checkout):
+    [call] = [call for call in calls(checkout) if call[0] == "deepspeed"]
+    return dict(zip(call, call[1:]))
+
+
+def test_quickstart_makes_the_data_trains_samples_and_sums_up(checkout):
+    assert run("bash", "launch/quickstart.sh").returncode == 0
+    modules = [call[2] if call[0] == "python" else call[0] for call in calls(checkout)]
+    assert modules == ["data_prep", "deepspeed", "megaresid.generate", "megaresid.summary"]
+    assert (checkout / "data/python-docs/manifest.json").exists()
+    assert not (checkout / "data/python-docs.partial").exists()
+    options = training_options(checkout)
+    assert options["--data"] == "data/python-docs" and options["--run-dir"] == "runs/quickstart"
+    assert options["--deepspeed_config"] == "ds_configs/cpu.json"
+
+
+def test_quickstart_overwrites_no_run_and_checks_the_data_it_finds(checkout):
+    for run_dir in ("quickstart", "quickstart-2"):
+        (checkout / "runs" / run_dir).mkdir(parents=True)
+    (checkout / "data/python-docs").mkdir(parents=True)
+    (checkout / "data/python-docs/manifest.json").touch()
+    assert run("bash", "launch/quickstart.sh").returncode == 0
+    assert calls(checkout)[0] == ["python", "-m", "data_prep", "verify", "data/python-docs"]
+    assert training_options(checkout)["--run-dir"] == "runs/quickstart-3"
+    assert {call[call.index("--run") + 1] for call in calls(checkout) if "--run" in call} == {"runs/quickstart-3"}
+
+
+def test_quickstart_goes_on_after_an_interrupted_tokenization(checkout):
+    (checkout / "data/python-docs.partial").mkdir(parents=True)
+    (checkout / "data/python-docs.partial/train_000000.bin").touch()
+    assert run("bash", "launch/quickstart.sh").returncode == 0
+    assert [path.name for path in (checkout / "data/python-docs").iterdir()] == ["manifest.json"]
+
+
+def test_quickstart_leaves_a_folder_alone_that_is_no_data_set(checkout):
+    (checkout / "data/python-docs").mkdir(parents=True)
+    (checkout / "data/python-docs/notes.txt").touch()
+    ran = run("bash", "launch/quickstart.sh")
+    assert ran.returncode == 2 and calls(checkout) == []
+    assert ran.stderr == "error: data/python-docs is no data set (it has no manifest.json): delete it and start again\n"
+
+
+def test_quickstart_stops_where_training_fails(checkout):
+    (checkout / "data/python-docs").mkdir(parents=True)
+    (checkout / "data/python-docs/manifest.json").touch()
+    write_program(checkout / ".venv/bin/deepspeed", "#!/bin/sh\nexit 3\n")
+    assert run("bash", "launch/quickstart.sh").returncode == 3
+    assert [call[2] for call in calls(checkout)] == ["data_prep"], "no sample and no summary"
+
+
+def test_quickstart_uses_every_gpu(checkout):
+    write_program(checkout / ".venv/bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: H200'\necho 'GPU 1: H200'\n")
+    assert run("bash", "launch/quickstart.sh").returncode == 0
+    options = training_options(checkout)
+    assert options["--num_accelerators"] == "2" and options["--deepspeed_config"] == "ds_configs/h200x2.json"
+    assert int(options["--micro-batch-size"]) * 2 == int(options["--global-batch-size"])
 
 
 def python_that_says(folder, version):

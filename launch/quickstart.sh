@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: environment, data (the documentation in Python's standard library), training,
+# a sample, a summary. Takes no arguments; uses every GPU where there is one, else the CPU.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$megaresid_root"
+
+cpu_ranks=1 # of the ways to fill two cores, the fastest: one rank with all the threads
+cpu_steps=200
+gpu_steps=800
+sequences=8 # per optimizer step
+
+data=data/python-docs
+run=runs/quickstart
+number=1
+while [ -e "$run" ]; do
+    number=$((number + 1))
+    run=runs/quickstart-$number
+done
+
+if [ -f "$data/manifest.json" ]; then
+    python -m data_prep verify "$data" || fail "$data is damaged: delete it and start again"
+elif [ -e "$data" ]; then
+    fail "$data is no data set (it has no manifest.json): delete it and start again"
+else
+    say "Tokenizing the standard library's documentation"
+    # Aside, so that what an interruption leaves is never taken for the data set.
+    rm -rf "$data.partial"
+    python -m data_prep --source python-docs --out "$data.partial"
+    mv "$data.partial" "$data"
+fi
+
+ranks=0
+if has_gpu; then ranks=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
+if [ "$ranks" -gt 0 ]; then
+    config=ds_configs/h200x2.json steps=$gpu_steps
+    say "Training on $ranks GPU(s)"
+else
+    config=ds_configs/cpu.json steps=$cpu_steps ranks=$cpu_ranks
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    if [ "$ranks" -gt "$cores" ]; then ranks=1; fi
+    export OMP_NUM_THREADS=$((cores / ranks))
+    say "Training on the CPU: $ranks rank(s) of $OMP_NUM_THREADS thread(s)"
+fi
+micro_batch=$(((sequences + ranks - 1) / ranks))
+
+deepspeed --num_accelerators "$ranks" --module megaresid.train --deepspeed_config "$config" \
+    --data "$data" --run-dir "$run" --model tiny --steps "$steps" \
+    --global-batch-size $((micro_batch * ranks)) --micro-batch-size "$micro_batch" \
+    --learning-rate 3e-3 --min-learning-rate 3e-4 --weight-decay 0.1 \
+    --log-interval 10 --validation-interval $((steps / 4)) --validation-tokens 20480 \
+    --checkpoint-interval $((steps / 2))
+
+say "Sampling"
+python -m megaresid.generate --run "$run" --prompt "This module provides"
+say "Summary"
+python -m megaresid.summary --run "$run"
+say "Done"
