@@ -157,7 +157,7 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     counters and, on as many ranks as wrote it, each rank's generators, last.
 
     Every rank calls it, between two steps. Raises ``UserError`` on all of them, before anything is changed, for a
-    damaged checkpoint or for parameters with other names or shapes.
+    damaged checkpoint, for parameters with other names or shapes, or for a state that this stage cannot hold.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     what = f"checkpoint {path}"
@@ -169,6 +169,7 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     with _agreed(what):
         saved = SavedState(path)
         _check_shapes(str(path), saved.header.parameters, shapes)
+        live.owned_scalars(saved)
     with saved:
         with _agreed(what):
             live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
@@ -185,7 +186,7 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
 
 
 def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor]) -> None:
-    """Set an engine's parameters, under any ZeRO stage, to the full tensors of ``source``; the optimizer stays as it is.
+    """Set an engine's parameters, under any ZeRO stage, to the full tensors of ``source``; the optimizer stays.
 
     Every rank calls it with the same source. Raises ``UserError``, before anything is changed, for other names or
     shapes.
@@ -200,7 +201,9 @@ def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], source: Mapp
     live.publish()
 
 
-def _written(live: LiveState, rank: int, ranks: int) -> tuple[dict[tuple[str, str], Tensor], dict[str, tuple[int, int]]]:
+def _written(
+    live: LiveState, rank: int, ranks: int
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, tuple[int, int]]]:
     """The flat tensors of this rank's file by (kind, name), and the (offset, length) of each name."""
     tensors, runs = {}, {}
     for kind, fragment, elements in live.tensors(rank, ranks):

@@ -173,7 +173,7 @@ class SavedState:
             offset, length = runs[name]
             piece = file.get_slice(key)
             if name not in self._kinds or piece.get_shape() != [length]:
-                raise UserError(f"{path}: {key!r} is not as {HEADER} and the file's metadata say; use another checkpoint")
+                raise UserError(f"{path}: {key!r} is not as {HEADER} and its metadata say; use another checkpoint")
             self._pieces.setdefault((kind, name), []).append((offset, length, piece))
             self._kinds[name].setdefault(kind, piece[:0].dtype)
 

@@ -91,21 +91,29 @@ class LiveState:
         for fragment in self.fragments:
             read(fragment.name, fragment.offset, fragment.of(fragment.owner))
 
-    def restore_optimizer(self, saved: Saved) -> None:
-        """Make the optimizer's state that of the checkpoint, creating what its first step would create.
-
-        Raises ``UserError`` where parameters that share one tensor here were saved at different steps.
-        """
-        by_owner: dict[Tensor, list[Fragment]] = {}
+    def owned_scalars(self, saved: Saved) -> dict[Tensor, dict[str, int | float]]:
+        """The saved scalars for each owner. A parameter that was saved without any (it had never had a gradient, and
+        its state is zero) follows the others of its owner; ``UserError`` where those were saved at different steps."""
+        owned: dict[Tensor, dict[str, int | float]] = {}
         for fragment in self.fragments:
-            by_owner.setdefault(fragment.owner, []).append(fragment)
-        for owner, fragments in by_owner.items():
+            common = owned.setdefault(fragment.owner, {})
+            for key, number in saved.scalars(fragment.name).items():
+                if common.setdefault(key, number) != number:
+                    raise UserError(
+                        f"optimizer state {key!r} is {number} for {fragment.name} and {common[key]} for others that "
+                        "this ZeRO stage updates together with it: resume with the stage of the checkpoint"
+                    )
+        return owned
+
+    def restore_optimizer(self, saved: Saved) -> None:
+        """Make the optimizer's state that of the checkpoint, creating what its first step would create."""
+        for owner, numbers in self.owned_scalars(saved).items():
+            fragments = [fragment for fragment in self.fragments if fragment.owner is owner]
             kinds = {kind: dtype for f in fragments for kind, dtype in saved.kinds(f.name).items() if kind != PARAMETER}
-            numbers = _common_scalars(fragments, saved)
             if not kinds and not numbers and owner not in self.optimizer.state:
                 continue
             state = self.optimizer.state[owner]
-            for stale in set(state) - set(kinds) - set(numbers):
+            for stale in set(state) - set(kinds):
                 del state[stale]
             for kind, dtype in kinds.items():
                 if not isinstance(state.get(kind), Tensor):
@@ -132,8 +140,8 @@ def _elementwise(key: str, value: object, fragment: Fragment) -> bool:
         return False
     if value.shape != fragment.owner.shape:
         raise UserError(
-            f"optimizer state {key!r} of {fragment.name} has shape {tuple(value.shape)}, not that of what it belongs to "
-            f"{tuple(fragment.owner.shape)}: checkpoints hold optimizers whose state is one value an element"
+            f"optimizer state {key!r} of {fragment.name} has shape {tuple(value.shape)}, not the "
+            f"{tuple(fragment.owner.shape)} of what it belongs to: use an optimizer whose state has a value an element"
         )
     return True
 
@@ -141,19 +149,3 @@ def _elementwise(key: str, value: object, fragment: Fragment) -> bool:
 def _number(value: Tensor | int | float) -> int | float:
     number = value.item() if isinstance(value, Tensor) else value
     return int(number) if number == int(number) else number
-
-
-def _common_scalars(fragments: list[Fragment], saved: Saved) -> dict[str, int | float]:
-    """The scalars of one owner. A parameter that was saved without any (it had never had a gradient, and its state
-    is zero) follows the others."""
-    common: dict[str, int | float] = {}
-    first: dict[str, str] = {}
-    for fragment in fragments:
-        for key, number in saved.scalars(fragment.name).items():
-            if common.setdefault(key, number) != number:
-                raise UserError(
-                    f"optimizer state {key!r} is {common[key]} for {first[key]} and {number} for {fragment.name}, which "
-                    "this ZeRO stage updates together: resume with the stage of the checkpoint"
-                )
-            first.setdefault(key, fragment.name)
-    return common
