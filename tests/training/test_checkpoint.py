@@ -1,0 +1,226 @@
+"""A run that stops and resumes is the run that did not stop; any ZeRO stage and rank count loads any other's."""
+
+import json
+
+import pytest
+import torch
+from engines import ADAMW, SGD, adam_steps, equal, full_state, make_engine, train
+from safetensors import safe_open
+
+from megaresid.errors import UserError
+from megaresid.training.checkpoint import copy_parameters, load_checkpoint, read_parameters, save_checkpoint
+
+IDENTITY = {"data": "d0", "spec": "s0"}
+CPU_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def saved(engine, parameters, folder, step, **options):
+    return save_checkpoint(engine, parameters, folder, step=step, counters={"tokens": 7}, identity=IDENTITY, **options)
+
+
+def stop_and_resume(folder, config):
+    """(losses, parameters and optimizer state) after 3 + 2 steps: without a stop, and by a fresh engine from step 3."""
+    engine, parameters = make_engine(**config)
+    train(engine, range(3))
+    path = saved(engine, parameters, folder, 3)
+    straight = train(engine, range(3, 5)), full_state(engine, parameters)
+    counted = engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps
+    engine.destroy()
+
+    engine, parameters = make_engine(**config, seed=1)
+    assert load_checkpoint(engine, parameters, path).step == 3
+    resumed = train(engine, range(3, 5)), full_state(engine, parameters)
+    assert counted == (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
+    engine.destroy()
+    return straight, resumed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param({"stage": stage}, id=f"zero{stage}") for stage in range(4)),
+        *(pytest.param({"stage": stage, "accumulation": 2}, id=f"zero{stage}-accumulation") for stage in (0, 2)),
+        *(pytest.param({"stage": stage, "optimizer": SGD}, id=f"zero{stage}-sgd") for stage in (0, 1, 3)),
+        *(pytest.param({"stage": stage, **CPU_OFFLOAD}, id=f"zero{stage}-offload") for stage in (1, 2, 3)),
+        *(pytest.param({"stage": stage, **BF16}, id=f"zero{stage}-bf16") for stage in (1, 2, 3)),
+        *(pytest.param({"stage": stage, **AUTOCAST}, id=f"zero{stage}-autocast") for stage in range(4)),
+    ],
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(ranks2, tmp_path, config):
+    for straight, resumed in ranks2.run(stop_and_resume, tmp_path, config):
+        assert straight[0] == resumed[0]
+        assert equal(straight[1], resumed[1])
+
+
+def train_and_save(folder, stage, step=3):
+    """The checkpoint's path, and the state it holds as DeepSpeed assembles it."""
+    engine, parameters = make_engine(stage)
+    train(engine, range(step))
+    path, state = saved(engine, parameters, folder, step), full_state(engine, parameters)
+    engine.destroy()
+    return path, state
+
+
+def load_into_every_stage(path):
+    """By stage: what ``load_checkpoint`` says, the state, AdamW's counts and whether the generators stayed theirs."""
+    seen = []
+    for stage in range(4):
+        engine, parameters = make_engine(stage, seed=1)
+        before = torch.get_rng_state()
+        loaded = load_checkpoint(engine, parameters, path)
+        kept = torch.equal(before, torch.get_rng_state())
+        seen.append((loaded, full_state(engine, parameters), adam_steps(engine), kept))
+        engine.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("loading", ["ranks1", "ranks2"])
+@pytest.mark.parametrize("saving, stage", [("ranks2", stage) for stage in range(4)] + [("ranks1", 1), ("ranks1", 3)])
+def test_any_stage_and_rank_count_loads_from_any_other(request, tmp_path, saving, stage, loading):
+    path, state = request.getfixturevalue(saving).run(train_and_save, tmp_path, stage)[0]
+    for of_rank in request.getfixturevalue(loading).run(load_into_every_stage, path):
+        for loaded, restored, counts, kept_generators in of_rank:
+            assert (loaded.step, loaded.counters, loaded.identity) == (3, {"tokens": 7}, IDENTITY)
+            assert loaded.world_size == int(saving[-1])
+            assert equal(restored, state) and counts == {3.0}
+            assert kept_generators == (saving != loading)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_files_hold_every_element_once_and_are_what_the_format_says(ranks2, tmp_path, stage):
+    (path, state), _ = ranks2.run(train_and_save, tmp_path, stage)
+    header = json.loads((path / "checkpoint.json").read_text())
+    assert (header["step"], header["world_size"], header["identity"]) == (3, 2, IDENTITY)
+    assert header["parameters"] == {name: list(value.shape) for name, value in state["parameter"].items()}
+    assert all(numbers == {"step": 3} for numbers in header["scalars"].values())
+    assert set(header["scalars"]) == set(state["exp_avg"])
+    assert header["generators"][0] != header["generators"][1]
+
+    assembled = {kind: {name: torch.full((value.numel(),), torch.nan) for name, value in state[kind].items()}
+                 for kind in ("parameter", "exp_avg", "exp_avg_sq")}  # fmt: skip
+    written = 0
+    for rank in range(2):
+        with safe_open(path / f"rank_{rank:05d}.safetensors", "pt") as file:
+            runs = json.loads(file.metadata()["runs"])
+            for key in file.keys():
+                kind, name = key.split(":")
+                offset, length = runs[name]
+                written += length
+                assembled[kind][name][offset : offset + length] = file.get_tensor(key)
+    assert written == sum(value.numel() for kind in assembled for value in state[kind].values())
+    for kind, values in assembled.items():
+        for name, value in values.items():
+            assert torch.equal(value, state[kind][name].view(-1)), (kind, name)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_read_parameters_assembles_what_deepspeed_assembles(ranks2, tmp_path, stage):
+    (path, state), _ = ranks2.run(train_and_save, tmp_path, stage)
+    assert equal(read_parameters(path), state["parameter"])
+    some = read_parameters(path, ["gate", "embed.weight"])
+    assert list(some) == ["gate", "embed.weight"] and torch.equal(some["gate"], state["parameter"]["gate"])
+    with pytest.raises(UserError, match="no parameter 'gates'; did you mean 'gate'?"):
+        read_parameters(path, ["gates"])
+
+
+def save_untrained_and_load_into_trained(folder, config):
+    engine, parameters = make_engine(**config)
+    path = saved(engine, parameters, folder, 0)
+    straight = train(engine, range(2)), full_state(engine, parameters)
+    engine.destroy()
+    engine, parameters = make_engine(**config, seed=1)
+    train(engine, range(2))
+    load_checkpoint(engine, parameters, path)
+    resumed = train(engine, range(2)), full_state(engine, parameters)
+    engine.destroy()
+    return straight, resumed
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_checkpoint_from_before_the_first_step_undoes_all_steps(ranks2, tmp_path, stage, optimizer):
+    config = {"stage": stage, "optimizer": optimizer}
+    for straight, resumed in ranks2.run(save_untrained_and_load_into_trained, tmp_path, config):
+        assert straight[0] == resumed[0] and equal(straight[1], resumed[1])
+
+
+def accumulate_differently(folder):
+    engine, parameters = make_engine(1)
+    train(engine, range(3))
+    path = saved(engine, parameters, folder, 3)
+    engine.destroy()
+    engine, parameters = make_engine(1, accumulation=2)
+    load_checkpoint(engine, parameters, path)
+    train(engine, range(3, 4))
+    seen = engine.global_steps, engine.micro_steps, adam_steps(engine)
+    engine.destroy()
+    return seen
+
+
+def test_another_accumulation_continues_at_a_boundary(ranks1, tmp_path):
+    assert ranks1.run(accumulate_differently, tmp_path) == [(4, 8, {4.0})]
+
+
+def copy_into(stage, source):
+    engine, parameters = make_engine(stage)
+    train(engine, range(1))
+    before = full_state(engine, parameters)
+    copy_parameters(engine, parameters, source)
+    after = full_state(engine, parameters)
+    engine.destroy()
+    return before, after
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_copied_parameters_are_the_source_and_leave_the_optimizer(ranks2, stage):
+    shapes = {"embed.weight": (11, 7), "inner.weight": (5, 7), "inner.bias": (5,), "outer.weight": (7, 5),
+              "outer.bias": (7,), "gate": (1,), "shift": (7,)}  # fmt: skip
+    source = {name: torch.randn(shape, generator=torch.Generator().manual_seed(5)) for name, shape in shapes.items()}
+    for before, after in ranks2.run(copy_into, stage, source):
+        assert equal(after["parameter"], source) and equal(after["weights"], source)
+        assert equal(after["exp_avg"], before["exp_avg"]) and equal(after["exp_avg_sq"], before["exp_avg_sq"])
+
+
+def load_into_renamed(path, renaming, shape):
+    """Load into a model with other names, or another shape of one parameter; nothing may change."""
+    engine, parameters = make_engine(0)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    renamed = {renaming.get(name, name): parameter for name, parameter in parameters.items()}
+    if shape is not None:
+        renamed["gate"] = torch.nn.Parameter(torch.zeros(shape))
+    try:
+        load_checkpoint(engine, renamed, path)
+    finally:
+        assert equal({name: parameter.detach() for name, parameter in parameters.items()}, before)
+        assert not engine.optimizer.state and engine.global_steps == 0
+        engine.destroy()
+
+
+def test_other_names_and_shapes_are_an_error_that_names_them(ranks2, tmp_path):
+    (path, _), _ = ranks2.run(train_and_save, tmp_path, 1)
+    with pytest.raises(UserError, match="lacks parameter inner.bas of this model; did you mean 'inner.bias'?"):
+        ranks2.run(load_into_renamed, path, {"inner.bias": "inner.bas"}, None)
+    with pytest.raises(UserError, match=r"gate has shape \[1\] there and \[2\] here"):
+        ranks2.run(load_into_renamed, path, {}, (2,))
+
+
+def load_what_was_stepped_unevenly(folder):
+    engine, parameters = make_engine(0)
+    train(engine, range(2))
+    engine.optimizer.state[parameters["inner.bias"]]["step"] += 1
+    path = saved(engine, parameters, folder, 2)
+    engine.destroy()
+    engine, parameters = make_engine(1)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        load_checkpoint(engine, parameters, path)
+    finally:
+        assert equal({name: parameter.detach() for name, parameter in parameters.items()}, before)
+        engine.destroy()
+
+
+def test_counts_that_a_stage_cannot_hold_apart_are_an_error(ranks2, tmp_path):
+    with pytest.raises(UserError, match="'step' is .* resume with the stage of the checkpoint"):
+        ranks2.run(load_what_was_stepped_unevenly, tmp_path)

@@ -1,0 +1,165 @@
+"""Faults while saving: what was there stays the newest, nothing half-written is taken for a checkpoint."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from engines import make_engine, train
+
+from megaresid.errors import UserError
+from megaresid.training import checkpoint, checkpoint_format
+from megaresid.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def save_steps(folder, steps, keep=None):
+    engine, parameters = make_engine(1)
+    for step in steps:
+        save_checkpoint(engine, parameters, folder, step=step, counters={}, identity={}, keep=keep)
+    engine.destroy()
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def save_with_a_full_disk_on_rank_1(folder):
+    engine, parameters = make_engine(1)
+
+    def full(path, tensors, runs):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write = checkpoint.write_tensors
+    checkpoint.write_tensors = full if dist.get_rank() == 1 else write
+    try:
+        save_checkpoint(engine, parameters, folder, step=2, counters={}, identity={})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint.write_tensors = write
+        engine.destroy()
+
+
+def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_the_old(ranks2, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks2.run(save_steps, folder, [1])
+    for message in ranks2.run(save_with_a_full_disk_on_rank_1, folder):
+        assert "step_00000002: rank 1: OSError" in message and "No space left" in message
+    assert names(folder) == {"step_00000001", "latest"}
+    assert find_checkpoint(tmp_path) == folder / "step_00000001"
+    assert (folder / "latest").read_text() == "step_00000001\n"
+
+
+class Killed(BaseException):
+    """Ends a save where a kill would, past every handler of errors."""
+
+
+def save_until(folder, step, function, calls):
+    """Save, dying at the call number ``calls`` of the ``os`` function that moves things into place."""
+    engine, parameters = make_engine(1)
+    original, seen = getattr(os, function), []
+
+    def deadly(*args):
+        seen.append(args)
+        if len(seen) == calls:
+            raise Killed
+        return original(*args)
+
+    setattr(checkpoint_format.os, function, deadly)
+    try:
+        save_checkpoint(engine, parameters, folder, step=step, counters={}, identity={})
+    except Killed:
+        return True
+    finally:
+        setattr(checkpoint_format.os, function, original)
+        engine.destroy()
+    return False
+
+
+def test_a_kill_before_the_rename_leaves_the_old_and_the_next_save_cleans_up(ranks1, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks1.run(save_steps, folder, [1])
+    assert ranks1.run(save_until, folder, 2, "rename", 1) == [True]
+    assert names(folder) == {"step_00000001", "latest", ".tmp-step_00000002"}
+    assert find_checkpoint(tmp_path) == folder / "step_00000001"
+    ranks1.run(save_steps, folder, [2])
+    assert names(folder) == {"step_00000001", "step_00000002", "latest"}
+    assert find_checkpoint(tmp_path) == folder / "step_00000002"
+
+
+def test_a_kill_before_latest_moves_leaves_the_new_checkpoint_the_newest(ranks1, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks1.run(save_steps, folder, [1])
+    assert ranks1.run(save_until, folder, 2, "replace", 1) == [True]
+    assert (folder / "latest").read_text() == "step_00000001\n"
+    assert find_checkpoint(tmp_path) == folder / "step_00000002"
+    assert find_checkpoint(folder / "step_00000002") == folder / "step_00000002"
+
+
+def test_a_step_that_is_there_is_not_overwritten_unless_it_is_damaged(ranks2, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks2.run(save_steps, folder, [1])
+    written = (folder / "step_00000001" / "complete.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="step_00000001 is there already"):
+        ranks2.run(save_steps, folder, [1])
+    assert (folder / "step_00000001" / "complete.json").stat().st_mtime_ns == written
+    (folder / "step_00000001" / "rank_00001.safetensors").unlink()
+    assert find_checkpoint(tmp_path) is None
+    ranks2.run(save_steps, folder, [1])
+    assert names(folder) == {"step_00000001", "latest"}
+    assert find_checkpoint(tmp_path) == folder / "step_00000001"
+
+
+def test_only_the_newest_are_kept_and_always_what_latest_names(ranks1, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks1.run(save_steps, folder, [1, 2, 3, 4])
+    ranks1.run(save_steps, folder, [5], 2)
+    assert names(folder) == {"step_00000004", "step_00000005", "latest"}
+    ranks1.run(save_steps, folder, [3], 1)  # a run that was taken up again from an older step
+    assert names(folder) == {"step_00000003", "step_00000005", "latest"}
+    assert (folder / "latest").read_text() == "step_00000003\n"
+    with pytest.raises(UserError, match="keep at least 1"):
+        ranks1.run(save_steps, folder, [6], 0)
+
+
+def save_with(folder, micro_batches, counters):
+    """Save after so many micro-batches of a step that has two."""
+    engine, parameters = make_engine(1, accumulation=2)
+    train(engine, range(1))
+    engine.micro_steps += micro_batches
+    try:
+        save_checkpoint(engine, parameters, folder, step=1, counters=counters, identity={})
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("micro_batches, counters, message", [(1, {}, "micro-batches"), (0, {"a": object()}, "JSON")])
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(ranks1, tmp_path, micro_batches, counters, message):
+    with pytest.raises(CheckpointError, match=message):
+        ranks1.run(save_with, tmp_path / "checkpoints", micro_batches, counters)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def load_with_a_flipped_bit(folder):
+    engine, parameters = make_engine(1)
+    path = save_checkpoint(engine, parameters, folder, step=1, counters={}, identity={})
+    train(engine, range(1))
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        damaged = bytearray((path / "rank_00001.safetensors").read_bytes())
+        damaged[-1] ^= 1
+        (path / "rank_00001.safetensors").write_bytes(damaged)
+    dist.barrier()
+    try:
+        load_checkpoint(engine, parameters, path)
+    finally:
+        assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
+        engine.destroy()
+
+
+def test_loading_a_damaged_file_is_an_error_on_all_ranks_and_changes_nothing(ranks2, tmp_path):
+    with pytest.raises(UserError, match="rank_00001.safetensors: the SHA-256"):
+        ranks2.run(load_with_a_flipped_bit, tmp_path / "checkpoints")
