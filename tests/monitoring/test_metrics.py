@@ -1,0 +1,73 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the lines on the screen."""
+
+import json
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
+from megaresid.training.run_dir import RunDirectory, read_metrics
+
+ROW = {
+    "train_loss": 5.25,
+    "learning_rate": 1e-3,
+    "gradient_norm": 0.5,
+    "tokens_per_second": 1234.0,
+    "mfu": None,
+    "memory_bytes": 2**30,
+}
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_rows_reach_the_file_and_tensorboard_and_unknown_numbers_no_plot(tmp_path):
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.record(10, ROW)
+        recorder.record(20, {"val_loss": 5.0})
+    rows = read_metrics(tmp_path)
+    assert rows == [{"schema": 1, "step": 10, **ROW}, {"schema": 1, "step": 20, "val_loss": 5.0}]
+    found = scalars(tmp_path / "tensorboard")
+    assert found["loss/train"] == [(10, 5.25)] and found["loss/validation"] == [(20, 5.0)]
+    assert found["speed/tokens_per_second"] == [(10, 1234.0)] and "speed/mfu" not in found
+
+
+def test_the_lines_name_what_is_not_known(tmp_path, capsys):
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.progress_line(10, ROW)
+        recorder.evaluation_line(10, {"train_loss": 5.25, "val_loss": 5.5})
+        recorder.evaluation_line(0, {"train_loss": None, "val_loss": 10.8})
+    first, second, third = capsys.readouterr().out.strip().splitlines()
+    assert "step 10/20" in first and "MFU n/a" in first and "1.00 GiB" in first and "1,234 tokens/s" in first
+    assert second == "TRAIN_METRICS: step=10, train_loss=5.250000, val_loss=5.500000"
+    assert third == "TRAIN_METRICS: step=0, train_loss=nan, val_loss=10.800000"
+
+
+def test_a_resumed_run_replaces_the_rows_after_its_checkpoint(tmp_path):
+    with Recorder(tmp_path, first_step=0, steps=30) as recorder:
+        for step in (10, 20, 30):
+            recorder.record(step, {"train_loss": float(step)})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"schema": 1, "step": 4')  # cut short by a crash
+    RunDirectory(tmp_path).keep_metrics_until(10)
+    with Recorder(tmp_path, first_step=10, steps=30) as recorder:
+        recorder.record(20, {"train_loss": 0.0})
+    assert [(row["step"], row["train_loss"]) for row in read_metrics(tmp_path)] == [(10, 10.0), (20, 0.0)]
+    assert scalars(tmp_path / "tensorboard")["loss/train"] == [(10, 10.0), (20, 0.0)]
+
+
+def test_every_line_of_the_file_is_json_at_once(tmp_path):
+    """A killed run keeps what it knew: nothing waits in a buffer."""
+    recorder = Recorder(tmp_path, first_step=0, steps=20)
+    recorder.record(10, ROW)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train_loss"] == 5.25
+
+
+def test_memory_is_counted_in_bytes():
+    before = peak_memory_bytes(torch.device("cpu"))
+    held = torch.ones(300 * 2**20, dtype=torch.uint8)
+    grown = peak_memory_bytes(torch.device("cpu")) - before
+    assert held.sum() and grown <= 400 * 2**20
+    assert peak_memory_bytes(torch.device("cpu")) > 300 * 2**20
