@@ -211,8 +211,8 @@ def _check_splits(job: Job, documents: dict[str, int]) -> None:
     for split, count in documents.items():
         if not count:
             raise UserError(
-                f"--validation-fraction {job.validation_fraction}: leaves the {split} split of {total} documents empty; "
-                f"use {'a larger' if split == 'val' else 'a smaller'} fraction or more documents"
+                f"--validation-fraction {job.validation_fraction}: leaves no document of {total} for the {split} "
+                f"split; use {'a larger' if split == 'val' else 'a smaller'} fraction or more documents"
             )
 
 

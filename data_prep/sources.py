@@ -7,6 +7,7 @@ import ast
 import glob
 import gzip
 import json
+import os
 import platform
 import sysconfig
 import zlib
@@ -134,11 +135,13 @@ class PythonDocs(Source):
         self.topics = self.library / "pydoc_data" / "topics.py"
         if not self.topics.is_file():
             raise UserError(f"{self.topics}: missing, this Python came without its help topics; use --source text")
-        super().__init__([self.topics, *sorted(file for file in self.library.rglob("*.py") if self._wanted(file))])
+        super().__init__([self.topics, *sorted(self._modules())])
 
-    def _wanted(self, file: Path) -> bool:
-        folders = file.relative_to(self.library).parts[:-1]
-        return not any(folder in self.skipped or folder.startswith("config-") for folder in folders)
+    def _modules(self) -> Iterator[Path]:
+        for folder, below, names in os.walk(self.library):
+            # In place, so that site-packages, which may hold very many files, is not walked at all.
+            below[:] = [name for name in below if name not in self.skipped and not name.startswith("config-")]
+            yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
     def read(self, file: Path) -> Iterator[Document]:
         tree, size = ast.parse(file.read_bytes(), str(file)), file.stat().st_size

@@ -109,9 +109,10 @@ def _last_boundary(text: str, start: int, limit: int) -> int | None:
     """The last sure beginning of a pre-token in (start, limit), where one begins at ``start``; None without one."""
     places = [match.start() for match in BREAK.finditer(text, max(start + 1, limit - NEAR), limit)]
     if not places:
-        # The last match may go on beyond the limit, but begins where it does whatever follows.
+        # The last match may go on beyond the limit, but begins where it does whatever follows. White space must not
+        # end a piece: at the end of a text it is one pre-token, before more text its last character stands alone.
         places = [match.start() for match in PRE_TOKEN.finditer(text, start, limit)]
-        places = [place for place in places if start < place <= limit - CONTRACTION]
+        places = [place for place in places if start < place <= limit - CONTRACTION and not text[place - 1].isspace()]
     return places[-1] if places else None
 
 

@@ -83,9 +83,10 @@ def test_an_id_outside_the_vocabulary_names_its_place(make):
     with make(tokens, vocab_size=600, micro_batch=1) as loader:
         for _ in range(order.index(window)):
             next(loader)
-        with pytest.raises(UserError, match=r"train_000002\.bin: token 9 is id 600, outside the vocabulary of 600") as e:
+        message = r"train_000002\.bin: token 9 is id 600, outside the vocabulary of 600"
+        with pytest.raises(UserError, match=message) as caught:
             next(loader)
-        assert e.value.rank_local
+        assert caught.value.rank_local
         assert not loader._thread.is_alive()
         assert list(loader) == []
     with make(tokens, vocab_size=601) as loader:
@@ -95,8 +96,9 @@ def test_an_id_outside_the_vocabulary_names_its_place(make):
 def test_a_target_outside_the_vocabulary_is_seen_too(make):
     tokens = [token % 500 for token in TOKENS]
     tokens[CONTEXT * 142] = 600
-    with make(tokens, vocab_size=600) as loader, pytest.raises(UserError, match=f"token {CONTEXT * 142 - 301} is id 600"):
-        list(loader)
+    with make(tokens, vocab_size=600) as loader:
+        with pytest.raises(UserError, match=f"token {CONTEXT * 142 - 301} is id 600"):
+            list(loader)
 
 
 def test_close_ends_the_thread_in_the_middle(make):
