@@ -131,7 +131,7 @@ def test_a_bad_row_leaves_nothing_behind(tmp_path, workers, monkeypatch):
     assert max(before) > 1 and not (tmp_path / "out").exists()
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="not JSON"):
-        prepare(job(bad, tmp_path / "there", workers=workers))
+        prepare(job(bad, tmp_path / "there"))
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -215,7 +215,7 @@ def run(capsys, *arguments):
 
 def test_the_command_makes_inspects_and_verifies(tmp_path, capsys):
     out = tmp_path / "docs"
-    assert run(capsys, "--source", "python-docs", "--out", out)[0] == 0
+    assert run(capsys, "--source", "python-docs", "--workers", 1, "--out", out)[0] == 0
     manifest = load_manifest(out)
     tokens = sum(counts.tokens for counts in manifest.content.splits.values())
     assert 400_000 < tokens < 1_500_000

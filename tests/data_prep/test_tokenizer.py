@@ -61,10 +61,10 @@ def byte_pair_encode(text, merges):
     return result
 
 
-FRAGMENTS = st.sampled_from(
-    ["the", " cat", "'re", "'ll", "'", "'l", " ", "  ", "\n", "\n\n", "\t", "\u3000", "\u00a0", "\x1c", "12", " 7", "!!",
-     "<|endoftext|>", "привет", " мир", "字字", "🙂", "é", "e\u0301", "\u200d", "aaaaaaaa", "        ", "1111111", "......"]
-)  # fmt: skip
+WORDS = ["the", " cat", "'re", "'ll", "'", "'l", "12", " 7", "!!", "<|endoftext|>", "привет", " мир", "字字", "🙂", "é"]
+SPACES = [" ", "  ", "\n", "\n\n", "\t", "\u3000", "\u00a0", "\x1c", "\u200d", "e\u0301"]
+RUNS = ["aaaaaaaa", "        ", "1111111", "......"]
+FRAGMENTS = st.sampled_from(WORDS + SPACES + RUNS)
 TEXTS = st.one_of(st.lists(FRAGMENTS, max_size=40).map("".join), st.text(st.characters(codec="utf-8"), max_size=60))
 
 
