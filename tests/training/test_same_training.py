@@ -4,65 +4,24 @@ two, and every way of cutting the global batch.
 AdamW alone would hide a wrong scale of the gradient, so gradient norms are compared, one case uses SGD and one clips.
 """
 
-import json
 import math
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from gpt_runs import ADAMW, GLOBAL_BATCH, SGD, STEPS, configuration, micro_batches, plan_of, sample, start_engine
 
-from megaresid.config import RunConfig, from_flat
-from megaresid.data.sampler import sample_indices
 from megaresid.model.gpt import build
-from megaresid.model.plan import ModelPlan
-from megaresid.training.ds_config import plan_batch, resolve
-from megaresid.training.engine import Engine
 from megaresid.training.schedule import learning_rate
-
-STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 300
-ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
-SGD = {"type": "SGD", "params": {"momentum": 0.9}}
-
-
-def configuration(**options) -> RunConfig:
-    shape = {"model": "tiny", "layers": 2, "heads": 2, "width": 32, "context": 24}
-    values = {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "learning_rate": 0.01, "clip": 0.0, "seed": 3}
-    return from_flat(shape | values | options, "test")
-
-
-def plan_of(config: RunConfig) -> ModelPlan:
-    return ModelPlan(config.shape.model_copy(update={"vocab_size": VOCABULARY}))
-
-
-def sample(index: int, context: int) -> torch.Tensor:
-    """The tokens of one global sample [context + 1]: few ids of the many, so that there is much to learn."""
-    generator = torch.Generator().manual_seed(index)
-    start, stride = torch.randint(1, 40, (2,), generator=generator).tolist()
-    noise = torch.randint(0, 2, (context + 1,), generator=generator)
-    return (start + stride * torch.arange(context + 1) + noise) % 13
-
-
-def micro_batches(config: RunConfig, batch, rank: int):
-    sizes = {"global_batch": GLOBAL_BATCH, "ranks": batch.ranks, "micro_batch": batch.micro}
-    for step in range(STEPS):
-        for accumulation in range(batch.accumulation):
-            rows = [sample(int(s), config.shape.context) for s in sample_indices(step, accumulation, rank, **sizes)]
-            tokens = torch.stack(rows)
-            yield tokens[:, :-1], tokens[:, 1:]
 
 
 def train_under_deepspeed(tree: dict, options: dict, folder: str) -> list[tuple[float, float]]:
     """Runs on every rank: (loss over the global batch, gradient norm) of each step."""
     config = configuration(**options)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    path = f"{folder}/rank{rank}.json"
-    with open(path, "w") as file:
-        json.dump(tree, file)
-    batch = plan_batch(config, ranks)
-    engine = Engine(plan_of(config), config, resolve(Path(path), config, batch), batch)
-    source, found = micro_batches(config, batch, rank), []
+    engine = start_engine(config, tree, folder)
+    source, found = micro_batches(config, engine.batch, rank), []
     for step in range(STEPS):
         result = engine.train_step(source, learning_rate(step, STEPS, config.optimizer))
         loss = result.loss.clone()
