@@ -1,8 +1,9 @@
 """nanoGPT's training step on our data: its model and its optimizer, imported from a checkout and never copied.
 
-``python -m megaresid.benchmark.nanogpt --peer CHECKOUT --data DIR --steps N --out FILE``; ``megaresid.benchmark.training``
-runs it beside ours. The step is that of its train.py without what fp32 on a CPU does not use: a random batch, forward,
-backward, clipping, update, the loss read at each step. Its torch.compile is off: on a CPU it was measured to change nothing.
+``python -m megaresid.benchmark.nanogpt --peer CHECKOUT --data DIR --steps N --out FILE``; it is run beside ours by
+``megaresid.benchmark.training``. The step is that of nanoGPT's train.py without what fp32 on a CPU does not use: a
+random batch, forward, backward, clipping, update, the loss read at each step. Its torch.compile is off: on a CPU it
+was measured to change nothing.
 """
 
 import importlib.util
