@@ -1,4 +1,4 @@
-"""Tiny DeepSpeed engines that bring out what goes wrong with checkpoints, and DeepSpeed's own readers of their state."""
+"""Tiny DeepSpeed engines that bring out what goes wrong with checkpoints, and DeepSpeed's own readers of state."""
 
 import deepspeed
 import torch
@@ -73,7 +73,7 @@ def train(engine, steps: range) -> list[float]:
 
 
 def full_state(engine, parameters) -> dict[str, dict[str, torch.Tensor]]:
-    """Whole tensors by kind and name, as DeepSpeed assembles them; ``weights`` are those that the module computes with."""
+    """Whole tensors by kind and name, as DeepSpeed assembles them; ``weights`` are what the module computes with."""
     state = {"parameter": {}, "weights": {}}
     stage = engine.zero_optimization_stage()
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
