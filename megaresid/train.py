@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     choose_accelerator()
     # After the options are parsed: --help must not wait for these imports.
     from megaresid.training.estimate import print_estimate
-    from megaresid.training.run import execute, prepare
+    from megaresid.training.prepare import prepare
+    from megaresid.training.run import execute
 
     prepared = prepare(config)
     if not config.run.dry_run:

@@ -135,3 +135,26 @@ def test_a_data_set_smaller_than_one_global_batch(workplace, capsys):
 def test_a_checkpoint_that_is_not_there(workplace, capsys):
     assert "nowhere" in fails_with(workplace, capsys, "--resume", str(workplace / "nowhere"))
     assert "nowhere" in fails_with(workplace, capsys, "--init-from", str(workplace / "nowhere"))
+
+
+def test_a_checkpoint_of_another_run(workplace, capsys):
+    """Judged by its header alone, before any rank is joined."""
+    from megaresid.config import parse
+    from megaresid.training.checkpoint_format import FileRecord, Header, Marker, write_record, write_tensors
+    from megaresid.training.prepare import prepare
+
+    options = {"--data": workplace / "data", "--run-dir": workplace / "run", "--deepspeed_config": workplace / "ds.json"}
+    options |= {"--model": "tiny", "--context": "32", "--global-batch-size": "8", "--steps": "3"}
+    prepared = prepare(parse([str(part) for pair in options.items() for part in pair]))
+    checkpoint = workplace / "step_00000002"
+    checkpoint.mkdir()
+    header = {"step": 2, "world_size": 1, "parameters": {"embed.tokens.weight": [50304, 128]}, "scalars": {}}
+    header |= {"counters": {}, "engine": {}, "generators": [{}], "identity": prepared.identity | {"seed": 7}}
+    records: dict[str, FileRecord] = {"rank_00000.safetensors": write_tensors(checkpoint / "rank_00000.safetensors", {}, {})}
+    records["checkpoint.json"] = write_record(checkpoint / "checkpoint.json", Header(**header))
+    write_record(checkpoint / "complete.json", Marker(files=records))
+
+    said = fails_with(workplace, capsys, "--resume", str(checkpoint))
+    assert "its seed is 7, this run's is 42" in said and "--init-from" in said
+    said = fails_with(workplace, capsys, "--init-from", str(checkpoint))
+    assert "it lacks parameter embed.positions.weight" in said

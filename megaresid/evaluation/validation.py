@@ -13,6 +13,17 @@ from megaresid.errors import UserError
 from megaresid.training.engine import Engine
 
 
+def count_windows(stream: TokenStream, context: int, tokens: int) -> int:
+    """The whole windows in ``tokens`` or in the stream, whichever is less; raises UserError when there is none."""
+    found = min(tokens // context, windows(len(stream), context))
+    if found < 1:
+        raise UserError(
+            f"validation needs one window of {context + 1} tokens: the split has {len(stream)} tokens and "
+            f"--validation-tokens is {tokens}: give more of either, or --validation-interval 0"
+        )
+    return found
+
+
 class Validation:
     """Mean cross-entropy (nats per token) over the first windows of the validation split.
 
@@ -33,12 +44,7 @@ class Validation:
     ):
         self.stream, self.context, self.micro_batch = stream, context, micro_batch
         self.rank, self.ranks, self.vocab_size = rank, ranks, vocab_size
-        self.windows = min(tokens // context, windows(len(stream), context))
-        if self.windows < 1:
-            raise UserError(
-                f"validation needs one window of {context + 1} tokens: the split has {len(stream)} tokens and "
-                f"--validation-tokens is {tokens}"
-            )
+        self.windows = count_windows(stream, context, tokens)
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         total = torch.zeros((), dtype=torch.float64)

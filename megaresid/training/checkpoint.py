@@ -168,7 +168,7 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     shapes = _merged(_gathered(_shapes(parameters)))
     with _agreed(what):
         saved = SavedState(path)
-        _check_shapes(str(path), saved.header.parameters, shapes)
+        check_shapes(str(path), saved.header.parameters, shapes)
         live.owned_scalars(saved)
     with saved:
         with _agreed(what):
@@ -194,7 +194,7 @@ def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], source: Mapp
     shapes = _merged(_gathered(_shapes(parameters)))
     with _agreed("copying parameters"):
         live = live_state(engine, parameters)
-        _check_shapes("the weights to start from", {name: list(t.shape) for name, t in source.items()}, shapes)
+        check_shapes("the weights to start from", {name: list(t.shape) for name, t in source.items()}, shapes)
         live.restore_parameters(
             lambda name, offset, out: out.copy_(source[name].reshape(-1)[offset : offset + out.numel()])
         )
@@ -247,7 +247,8 @@ def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
     return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
 
 
-def _check_shapes(source: str, saved: Mapping[str, list[int]], live: Mapping[str, list[int]]) -> None:
+def check_shapes(source: str, saved: Mapping[str, list[int]], live: Mapping[str, list[int]]) -> None:
+    """Raise ``UserError`` where two sets of parameters, by canonical name, differ in a name or a shape."""
     for name in live:
         if name not in saved:
             raise UserError(f"{source}: it lacks parameter {name} of this model; {suggestion(name, saved)}")

@@ -1,7 +1,6 @@
-"""A run from its configuration: check everything first, write nothing until all is well, then train."""
+"""A checked run, carried out: join the ranks, build, restore, train."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,98 +8,22 @@ import torch.distributed
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
-from megaresid.config import RunConfig
 from megaresid.data.loader import Loader
-from megaresid.data.manifest import Manifest, check_vocabulary, load_manifest
-from megaresid.data.sampler import Sampler, check_capacity, windows
+from megaresid.data.sampler import Sampler, windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation
 from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
-from megaresid.model.plan import ModelPlan
 from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
-from megaresid.training.checkpoint import (
-    copy_parameters,
-    find_checkpoint,
-    load_checkpoint,
-    read_parameters,
-    save_checkpoint,
-)
-from megaresid.training.ds_config import Batch, DeepSpeedConfig, plan_batch, resolve
+from megaresid.training.checkpoint import copy_parameters, load_checkpoint, read_parameters, save_checkpoint
 from megaresid.training.engine import Engine, start_process_group
 from megaresid.training.loop import Course, train
-from megaresid.training.run_dir import RunDirectory, check_usable, environment
+from megaresid.training.prepare import Prepared
+from megaresid.training.run_dir import RunDirectory, environment
 from megaresid.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run whose every input has been checked; nothing has been written and no rank has been joined."""
-
-    config: RunConfig
-    plan: ModelPlan
-    batch: Batch
-    ds_config: DeepSpeedConfig
-    manifest: Manifest
-    training: TokenStream
-    validation: TokenStream
-    resume: Path | None
-    weights: Path | None
-
-    @property
-    def identity(self) -> dict[str, str | int]:
-        """What a resumed run must share with the run that it goes on with."""
-        return {
-            "data": self.manifest.identity,
-            "spec": self.plan.hash,
-            "global_batch_size": self.batch.sequences,
-            "seed": self.config.run.seed,
-        }
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Check a configuration against the files and the launcher's environment; raises UserError."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    run = config.run
-    batch = plan_batch(config, ranks)
-    ds_config = resolve(run.deepspeed_config, config, batch)
-    plan = ModelPlan(config.shape, config.model.attention, config.model.residual)
-    manifest = load_manifest(run.data)
-    check_vocabulary(manifest, plan.shape.vocab_size)
-    training = TokenStream.open(run.data, manifest, "train")
-    where = f"data folder {run.data}"
-    check_capacity(len(training), context=plan.shape.context, global_batch=batch.sequences, where=where)
-    validation = TokenStream.open(run.data, manifest, "val")
-    check_usable(run.run_dir, resuming=run.resume is not None)
-    return Prepared(
-        config=config,
-        plan=plan,
-        batch=batch,
-        ds_config=ds_config,
-        manifest=manifest,
-        training=training,
-        validation=validation,
-        resume=_checkpoint_to_resume(run.resume, run.run_dir),
-        weights=_required_checkpoint(run.init_from, "--init-from") if run.init_from else None,
-    )
-
-
-def _checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
-    if resume is None:
-        return None
-    if resume == "auto":
-        return find_checkpoint(run_dir) if run_dir.exists() else None
-    return _required_checkpoint(Path(resume), "--resume")
-
-
-def _required_checkpoint(path: Path, option: str) -> Path:
-    found = find_checkpoint(path) if path.exists() else None
-    if found is None:
-        raise UserError(f"{option} {path}: there is no complete checkpoint: name a run directory or a checkpoint")
-    return found
 
 
 def execute(prepared: Prepared) -> None:
@@ -120,15 +43,6 @@ def execute(prepared: Prepared) -> None:
 
     shape = plan.shape
     sampler = Sampler(windows(len(prepared.training), shape.context), config.run.seed)
-    validation = Validation(
-        prepared.validation,
-        context=shape.context,
-        tokens=config.interval.validation_tokens,
-        micro_batch=batch.micro,
-        rank=rank,
-        ranks=batch.ranks,
-        vocab_size=shape.vocab_size,
-    )
     peak = peak_flops(engine.device)
     course = Course(
         first=first,
@@ -169,9 +83,8 @@ def execute(prepared: Prepared) -> None:
     )
     if recorder:
         _announce(recorder, prepared, course)
-    hooks = [Hook("validation", config.interval.validation_interval, validation)]
     with loader, recorder or _Nothing():
-        train(engine, iter(loader), course, config.interval, hooks, save, recorder)
+        train(engine, iter(loader), course, config.interval, _hooks(prepared, rank), save, recorder)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
     torch.distributed.destroy_process_group()
@@ -191,11 +104,27 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
         f"{torch.get_num_threads()} threads per rank"
     )
     recorder.say(
-        f"data      {len(prepared.training):,} training and {len(prepared.validation):,} validation tokens, "
+        f"data      {len(prepared.training):,} training and {_length(prepared.validation):,} validation tokens, "
         f"identity {prepared.manifest.identity[:12]}"
     )
     start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
     recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
+
+
+def _hooks(prepared: Prepared, rank: int) -> list[Hook]:
+    if prepared.validation is None:
+        return []
+    interval, shape = prepared.config.interval, prepared.plan.shape
+    validation = Validation(
+        prepared.validation,
+        context=shape.context,
+        tokens=interval.validation_tokens,
+        micro_batch=prepared.batch.micro,
+        rank=rank,
+        ranks=prepared.batch.ranks,
+        vocab_size=shape.vocab_size,
+    )
+    return [Hook("validation", interval.validation_interval, validation)]
 
 
 class _Nothing:
@@ -226,14 +155,7 @@ def _restore(engine: Engine, prepared: Prepared) -> int:
         copy_parameters(engine.deepspeed, engine.parameters, read_parameters(prepared.weights))
     if not prepared.resume:
         return 0
-    state = load_checkpoint(engine.deepspeed, engine.parameters, prepared.resume)
-    for key, value in prepared.identity.items():
-        if state.identity.get(key) != value:
-            raise UserError(
-                f"--resume {prepared.resume}: its {key} is {state.identity.get(key)}, this run's is {value}: "
-                "resume with what it was started with, or start anew from its weights by --init-from"
-            )
-    return state.step
+    return load_checkpoint(engine.deepspeed, engine.parameters, prepared.resume).step
 
 
 def _describe(directory: RunDirectory, prepared: Prepared) -> None:
@@ -247,6 +169,10 @@ def _describe(directory: RunDirectory, prepared: Prepared) -> None:
             "folder": str(prepared.config.run.data.resolve()),
             "identity": prepared.manifest.identity,
             "training_tokens": len(prepared.training),
-            "validation_tokens": len(prepared.validation),
+            "validation_tokens": _length(prepared.validation),
         },
     )
+
+
+def _length(stream: TokenStream | None) -> int:
+    return 0 if stream is None else len(stream)

@@ -1,0 +1,118 @@
+"""A run from its configuration: everything is checked here, and nothing is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megaresid.config import RunConfig
+from megaresid.data.manifest import Manifest, check_vocabulary, load_manifest
+from megaresid.data.sampler import check_capacity
+from megaresid.data.shards import TokenStream
+from megaresid.errors import UserError
+from megaresid.evaluation.validation import count_windows
+from megaresid.model.gpt import GPT, canonical_parameters
+from megaresid.model.plan import ModelPlan
+from megaresid.training.checkpoint import check_shapes, find_checkpoint
+from megaresid.training.checkpoint_format import SavedState
+from megaresid.training.ds_config import Batch, DeepSpeedConfig, plan_batch, resolve
+from megaresid.training.run_dir import check_usable
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose every input has been checked; nothing has been written and no rank has been joined."""
+
+    config: RunConfig
+    plan: ModelPlan
+    batch: Batch
+    ds_config: DeepSpeedConfig
+    manifest: Manifest
+    training: TokenStream
+    validation: TokenStream | None  # None where the run never validates
+    resume: Path | None
+    weights: Path | None
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What a resumed run must share with the run that it goes on with."""
+        return {
+            "data": self.manifest.identity,
+            "spec": self.plan.hash,
+            "global_batch_size": self.batch.sequences,
+            "seed": self.config.run.seed,
+            "optimizer": self.ds_config.engine["optimizer"]["type"],
+        }
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check a configuration against the files and the launcher's environment; raises UserError."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    run = config.run
+    batch = plan_batch(config, ranks)
+    ds_config = resolve(run.deepspeed_config, config, batch)
+    plan = ModelPlan(config.shape, config.model.attention, config.model.residual)
+    manifest = load_manifest(run.data)
+    check_vocabulary(manifest, plan.shape.vocab_size)
+    training = TokenStream.open(run.data, manifest, "train")
+    where = f"data folder {run.data}"
+    check_capacity(len(training), context=plan.shape.context, global_batch=batch.sequences, where=where)
+    validation = None
+    if config.interval.validation_interval:
+        validation = TokenStream.open(run.data, manifest, "val")
+        count_windows(validation, plan.shape.context, config.interval.validation_tokens)
+    check_usable(run.run_dir, resuming=run.resume is not None)
+    prepared = Prepared(
+        config=config,
+        plan=plan,
+        batch=batch,
+        ds_config=ds_config,
+        manifest=manifest,
+        training=training,
+        validation=validation,
+        resume=_checkpoint_to_resume(run.resume, run.run_dir),
+        weights=_required_checkpoint(run.init_from, "--init-from") if run.init_from else None,
+    )
+    _check_saved(prepared)
+    return prepared
+
+
+def _check_saved(prepared: Prepared) -> None:
+    """Hold the checkpoint to be loaded against this run, from its header alone."""
+    path = prepared.resume or prepared.weights
+    if path is None:
+        return
+    with SavedState(path) as saved:
+        header = saved.header
+    if prepared.resume:
+        for key, value in prepared.identity.items():
+            if header.identity.get(key) != value:
+                raise UserError(
+                    f"--resume {path}: its {key} is {header.identity.get(key)}, this run's is {value}: resume with "
+                    "what it was started with, or start anew from its weights by --init-from"
+                )
+        newest = find_checkpoint(prepared.config.run.run_dir) if prepared.config.run.run_dir.exists() else None
+        if newest and path.resolve().parent == newest.resolve().parent and path.resolve() != newest.resolve():
+            raise UserError(
+                f"--resume {path}: this run went on to {newest.name}: resume with auto, or give another --run-dir"
+            )
+    with torch.device("meta"):
+        model = GPT(prepared.plan)
+    shapes = {name: list(p.shape) for name, p in canonical_parameters(model, model.prefixes).items()}
+    check_shapes(str(path), header.parameters, shapes)
+
+
+def _checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
+    if resume is None:
+        return None
+    if resume == "auto":
+        return find_checkpoint(run_dir) if run_dir.exists() else None
+    return _required_checkpoint(Path(resume), "--resume")
+
+
+def _required_checkpoint(path: Path, option: str) -> Path:
+    found = find_checkpoint(path) if path.exists() else None
+    if found is None:
+        raise UserError(f"{option} {path}: there is no complete checkpoint: name a run directory or a checkpoint")
+    return found
