@@ -13,7 +13,10 @@ megaresid_begun=$megaresid_venv/megaresid-begun
 megaresid_log=$megaresid_venv/megaresid-install.log
 megaresid_start=$SECONDS
 # Unsaid, it stays as the environment was made.
-megaresid_system_torch=${MEGARESID_SYSTEM_TORCH:-$(sed -n 's/^system torch: //p' "$megaresid_stamp" 2>/dev/null || true)}
+megaresid_system_torch=${MEGARESID_SYSTEM_TORCH:-}
+if [ -z "$megaresid_system_torch" ] && [ -f "$megaresid_stamp" ]; then
+    megaresid_system_torch=$(sed -n 's/^system torch: //p' "$megaresid_stamp")
+fi
 megaresid_system_torch=${megaresid_system_torch:-0}
 
 fail() {
@@ -76,7 +79,7 @@ pip_install() {
             *Downloading*" MB)"* | "Building wheels"* | "Installing collected"*) say "  ${line:0:76}" ;;
             esac
         done || {
-        grep -E '^ *(ERROR|error)' "$megaresid_log" | tail -n 5 >&2
+        grep -E '^ *(ERROR|error)' "$megaresid_log" | tail -n 5 >&2 || true
         fail "pip failed: the whole output is in $megaresid_log; run the same command again to go on"
     }
 }
@@ -159,7 +162,9 @@ if ! is_complete; then
     # Two commands started together: the second waits for the first.
     exec 9<"${BASH_SOURCE[0]}"
     if command -v flock >/dev/null; then flock 9; fi
+    trap 'echo "interrupted: the same command starts it again" >&2; exit 130' INT
     if ! is_complete; then make_environment; fi
+    trap - INT
     exec 9<&-
 fi
 

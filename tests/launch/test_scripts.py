@@ -210,3 +210,18 @@ def test_an_old_python_is_refused(tmp_path):
     ran = run("bash", "-c", f'source "{script}"', PATH=f"{old}:{os.environ['PATH']}")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: no Python 3.11 or newer was found") and len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.full
+def test_a_failed_installation_says_why_and_is_taken_up_again(tmp_path):
+    """pip finds no package at all: one line of its own error, one of ours, and the environment is not complete."""
+    script = environment_script(tmp_path)
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    command = f'source "{script}"; echo went on'
+    for expected in ("Making .venv with", "Making .venv anew with"):
+        ran = run("bash", "-c", command, **offline)
+        assert ran.returncode == 2
+        assert expected in ran.stdout and "went on" not in ran.stdout
+        assert "ERROR: " in ran.stderr and "torch==2.13.0" in ran.stderr
+        assert ran.stderr.splitlines()[-1].startswith("error: pip failed: the whole output is in ")
+        assert not (tmp_path / "checkout/.venv/megaresid-complete").exists()
