@@ -37,13 +37,20 @@ if [ "$ranks" -gt 0 ]; then
 else
     config=ds_configs/cpu.json steps=$cpu_steps ranks=$cpu_ranks
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    # A container's share of the processors, which nproc does not see.
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
+        share=$(((quota + period - 1) / period))
+        if [ "$cores" -gt "$share" ]; then cores=$share; fi
+    fi
     if [ "$ranks" -gt "$cores" ]; then ranks=1; fi
     export OMP_NUM_THREADS=$((cores / ranks))
     say "Training on the CPU: $ranks rank(s) of $OMP_NUM_THREADS thread(s)"
 fi
 micro_batch=$(((sequences + ranks - 1) / ranks))
+# Another run on this machine may hold the launcher's usual port.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
-deepspeed --num_accelerators "$ranks" --module megaresid.train --deepspeed_config "$config" \
+deepspeed --num_accelerators "$ranks" --master_port "$port" --module megaresid.train --deepspeed_config "$config" \
     --data "$data" --run-dir "$run" --model tiny --steps "$steps" \
     --global-batch-size $((micro_batch * ranks)) --micro-batch-size "$micro_batch" \
     --learning-rate 3e-3 --min-learning-rate 3e-4 --weight-decay 0.1 \
