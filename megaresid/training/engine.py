@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -91,6 +92,8 @@ def start_process_group() -> None:
     On a CPU the machine's cores are shared out among its ranks, unless OMP_NUM_THREADS says otherwise.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls a collective by its old name, and every rank would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     accelerator, local_rank = get_accelerator(), int(os.environ["LOCAL_RANK"])
