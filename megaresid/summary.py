@@ -60,9 +60,13 @@ def summarise(run: Path) -> str:
         lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
     lines += [
         f"run directory     {run}",
-        f"TensorBoard       {Path(sys.executable).parent / 'tensorboard'} --logdir {run / 'tensorboard'}",
+        f"TensorBoard       {_from_here(Path(sys.executable).parent / 'tensorboard')} --logdir {run / 'tensorboard'}",
     ]
     return "\n".join(lines)
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _relative(difference: float) -> str:

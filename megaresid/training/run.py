@@ -1,6 +1,5 @@
 """A checked run, carried out: join the ranks, build, restore, train."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -29,8 +28,7 @@ from megaresid.training.schedule import learning_rate
 def execute(prepared: Prepared) -> None:
     """Join the ranks, build, restore if asked, train. Called by every rank."""
     config, plan, batch = prepared.config, prepared.plan, prepared.batch
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
+    compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
     rank = torch.distributed.get_rank()
     directory = _agree(lambda: RunDirectory(config.run.run_dir), rank)
