@@ -15,6 +15,7 @@ from megaresid.training.engine import Engine
 
 STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 300
 ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
+FUSED_ADAMW = {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}  # what ds_configs name
 SGD = {"type": "SGD", "params": {"momentum": 0.9}}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from gpt_runs import ADAMW, SGD, configuration, micro_batches, start_engine
+from gpt_runs import ADAMW, FUSED_ADAMW, SGD, configuration, micro_batches, start_engine
 
 from megaresid.evaluation.validation import Validation
 from megaresid.training.checkpoint import load_checkpoint, read_parameters, save_checkpoint
@@ -55,7 +55,7 @@ def uninterrupted_and_resumed(stage: int, optimizer: dict, folder: str):
     return expected, found, read_parameters(end), read_parameters(resumed_end)
 
 
-@pytest.mark.parametrize("stage, optimizer", [(0, ADAMW), (1, ADAMW), (2, ADAMW), (3, ADAMW), (1, SGD)])
+@pytest.mark.parametrize("stage, optimizer", [(0, FUSED_ADAMW), (1, FUSED_ADAMW), (2, ADAMW), (3, FUSED_ADAMW), (1, SGD)])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(stage, optimizer, ranks2, tmp_path):
     """On two ranks, with dropout (each rank its own generator), in the middle of the learning rate's course."""
     first, second = ranks2.run(uninterrupted_and_resumed, stage, optimizer, str(tmp_path))
@@ -135,5 +135,12 @@ def test_the_whole_command_resumes_bitwise_under_the_launcher(tmp_path):
     assert found == expected and len(found) == 4 + 3  # four steps, validations after 4, 6 and 7
     ends = [read_parameters(run / "checkpoints" / f"step_{END:08d}") for run in (whole, resumed)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] | ends[1])
+
+    launch(tmp_path, "--run-dir", str(tmp_path / "begun"), "--init-from", str(whole), "--seed", "8", "--dropout", "0")
+    begun = read_metrics(tmp_path / "begun")
+    last = [row["val_loss"] for row in read_metrics(whole) if "val_loss" in row][-1]
+    assert begun[0]["step"] == 0 and begun[0]["val_loss"] == last, "the weights are not those that the run ended with"
+    assert begun[1]["step"] == 1 and begun[1]["train_loss"] != read_metrics(whole)[1]["train_loss"]
+
     for name in ("config.json", "ds_config.json", "spec.json", "environment.json", "data.json"):
         assert json.loads((whole / name).read_text())["schema"] == 1

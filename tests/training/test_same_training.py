@@ -87,3 +87,14 @@ def test_losses_and_gradient_norms_are_the_plain_loops(name, ranks, micro, stage
         for (loss, norm), (expected_loss, expected_norm) in zip(found, definition(name), strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_compiled_model_trains_the_same(stage, ranks2, tmp_path):
+    tree = {"optimizer": ADAMW, "zero_optimization": {"stage": stage}}
+    options = {"compile": True, "micro_batch_size": 4}
+    for found in ranks2.run(train_under_deepspeed, tree, options, str(tmp_path), timeout=400):
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, definition("adamw"), strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
