@@ -1,5 +1,6 @@
 """Sample text from a run: ``python -m megaresid.generate --run runs/first --prompt "The module"``"""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,21 +24,25 @@ def generate(
 
     Args:
         run: A run directory, or a checkpoint in one.
-        prompt: The text to continue.
+        prompt: The text to continue; an empty one starts from <|endoftext|>.
         tokens: How many tokens to add.
         temperature: Of the softmax; 0 takes the likeliest token each time.
         top_k: Sample from the k likeliest tokens only; 0 for all.
         seed: Of the sampling.
         vocab_file: GPT-2 vocabulary, where it is neither installed nor cached.
     """
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: must be at least 0, and finite")
+    if top_k < 0:
+        raise UserError(f"--top-k {top_k}: must be at least 0")
     choose_accelerator()
     import torch
 
     from data_prep.tokenizer import gpt2_encoding
     from megaresid.saved_run import load_model
 
-    if temperature < 0 or tokens < 1 or top_k < 0:
-        raise UserError(f"--temperature {temperature} --tokens {tokens} --top-k {top_k}: none may be negative")
     encoding = gpt2_encoding(vocab_file)
     model = load_model(run)
     context = model.shape.context

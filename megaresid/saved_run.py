@@ -11,8 +11,12 @@ from megaresid.training.run_dir import read_json
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a run or of one of its checkpoints."""
-    return path if (path / "config.json").exists() else path.parent.parent
+    """The run directory of a run, of its folder of checkpoints or of one of them; raises UserError for anything else."""
+    place = path.resolve()  # a relative path may have too few parents
+    for folder in (place, *place.parents[:2]):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path}: neither a run directory nor a checkpoint in one: there is no config.json")
 
 
 def load_config(run: Path) -> RunConfig:

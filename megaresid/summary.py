@@ -1,5 +1,6 @@
 """What a run came to, in a few lines: ``python -m megaresid.summary --run runs/first``"""
 
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import tyro
 from megaresid.data.manifest import load_manifest
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError, exits_with_user_errors
+from megaresid.evaluation.validation import count_windows
 from megaresid.training.run_dir import read_json, read_metrics
 
 COUNTED_TOKENS = 100_000_000
@@ -34,22 +36,20 @@ def _counts(stream: TokenStream, start: int, tokens: int, vocab_size: int) -> np
 
 
 def summarise(run: Path) -> str:
-    """The summary of a run.
+    """The summary of a run. Raises UserError where there is no run, no validation yet, or no longer its data.
 
     Args:
         run: A run directory.
     """
-    rows, data = read_metrics(run), read_json(run, "data.json")
-    config, spec = read_json(run, "config.json"), read_json(run, "spec.json")
+    config, shape = read_json(run, "config.json"), read_json(run, "spec.json")["shape"]
+    # A run that has only just begun has no metrics.jsonl yet.
+    rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     validations = [row for row in rows if "val_loss" in row]
     if not validations:
         raise UserError(f"{run}: no validation has been recorded: train with --validation-interval above 0")
-    shape = spec["shape"]
-    folder = Path(data["folder"])
-    manifest = load_manifest(folder)
-    streams = [TokenStream.open(folder, manifest, split) for split in ("train", "val")]
-    windows = min(config["validation_tokens"], len(streams[1]) - 1) // shape["context"]
-    unigram = unigram_loss(*streams, windows * shape["context"], shape["vocab_size"])
+    training, validation = _streams(run)
+    tokens = count_windows(validation, shape["context"], config["validation_tokens"]) * shape["context"]
+    unigram = unigram_loss(training, validation, tokens, shape["vocab_size"])
     first, last = validations[0], validations[-1]
     lines = [
         f"validation loss   {first['val_loss']:.3f} at step {first['step']}, {last['val_loss']:.3f} at step "
@@ -58,11 +58,24 @@ def summarise(run: Path) -> str:
     ]
     if speeds := [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]:
         lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
+    tensorboard = _from_here(Path(sys.executable).parent / "tensorboard")
     lines += [
         f"run directory     {run}",
-        f"TensorBoard       {_from_here(Path(sys.executable).parent / 'tensorboard')} --logdir {run / 'tensorboard'}",
+        f"TensorBoard       {shlex.join([str(tensorboard), '--logdir', str(run / 'tensorboard')])}",
     ]
     return "\n".join(lines)
+
+
+def _streams(run: Path) -> tuple[TokenStream, TokenStream]:
+    """The training and validation tokens that the run was trained on."""
+    data = read_json(run, "data.json")
+    folder = Path(data["folder"])
+    if not folder.is_dir():
+        raise UserError(f"{run / 'data.json'}: data folder {folder} is gone: put it back, or name its new place there")
+    manifest = load_manifest(folder)
+    if manifest.identity != data["identity"]:
+        raise UserError(f"data folder {folder} holds other data now than {run} was trained on: put the old data back")
+    return TokenStream.open(folder, manifest, "train"), TokenStream.open(folder, manifest, "val")
 
 
 def _from_here(path: Path) -> Path:
