@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaresid.training.machine import ranks_on_this_machine
+
 PATIENCE = 600.0
 """Seconds after which a lock whose owner could be out of our sight is stale: the slowest build takes about 100."""
 
@@ -60,7 +62,7 @@ def remove_stale_locks(folder: Path) -> list[Path]:
 
 
 def _removed(lock: Path) -> bool:
-    several_machines = int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    several_machines = int(os.environ.get("WORLD_SIZE") or 1) > ranks_on_this_machine()
     try:
         found = lock.stat()
         visible = found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()

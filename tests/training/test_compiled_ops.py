@@ -17,7 +17,7 @@ HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); prin
 
 @pytest.fixture(autouse=True)
 def one_machine(monkeypatch):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_EXTENSIONS_DIR"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.setenv(name, "")  # so that what a test sets is undone as well
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", os.environ["PATH"])
@@ -112,10 +112,22 @@ def test_a_folder_that_is_not_there_has_no_locks(tmp_path):
     assert remove_stale_locks(tmp_path / "absent") == []
 
 
+LAUNCHERS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # where torchrun and DeepSpeed's launcher say how many ranks are here
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_with_all_ranks_on_one_machine_a_fresh_lock_without_owner_is_stale(tmp_path, lock, monkeypatch, launcher):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(launcher, "2")
+    lock.touch()
+    assert remove_stale_locks(tmp_path) == [lock] and not lock.exists()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("age, removed", [(0, False), (PATIENCE + 60, True)])
-def test_on_several_machines_only_an_old_lock_is_stale(tmp_path, lock, monkeypatch, age, removed):
+def test_on_several_machines_only_an_old_lock_is_stale(tmp_path, lock, monkeypatch, launcher, age, removed):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(launcher, "2")
     lock.touch()
     os.utime(lock, (time.time() - age, time.time() - age))
     assert remove_stale_locks(tmp_path) == ([lock] if removed else [])
