@@ -1,8 +1,10 @@
 # Sourced by the other scripts: makes .venv in the checkout where it is missing, half-made or out of date, and
-# activates it. An environment that is up to date costs a fraction of a second.
+# activates it. An environment that is up to date costs a fraction of a second. For scripts only: it sets
+# `set -euo pipefail` and exits on an error, which would end a shell that you type in.
 #
 #   MEGARESID_PYTHON=/path/to/python   the interpreter that .venv is made from (3.11 or newer)
 #   MEGARESID_SYSTEM_TORCH=1           use the torch (2.11 or newer) that the interpreter has, and install none
+#   MEGARESID_GPU=1                    install what GPUs need on a machine without one too, for others that share .venv
 
 set -euo pipefail
 
@@ -12,10 +14,12 @@ megaresid_stamp=$megaresid_venv/megaresid-complete
 megaresid_begun=$megaresid_venv/megaresid-begun
 megaresid_log=$megaresid_venv/megaresid-install.log
 megaresid_start=$SECONDS
-# Unsaid, it stays as the environment was made.
+# Unsaid, they stay as the environment was made.
 megaresid_system_torch=${MEGARESID_SYSTEM_TORCH:-}
-if [ -z "$megaresid_system_torch" ] && [ -f "$megaresid_stamp" ]; then
-    megaresid_system_torch=$(sed -n 's/^system torch: //p' "$megaresid_stamp")
+megaresid_gpu=${MEGARESID_GPU:-}
+if [ -f "$megaresid_stamp" ]; then
+    megaresid_system_torch=${megaresid_system_torch:-$(sed -n 's/^system torch: //p' "$megaresid_stamp")}
+    if grep -q '^extras:.*gpu' "$megaresid_stamp"; then megaresid_gpu=1; fi
 fi
 megaresid_system_torch=${megaresid_system_torch:-0}
 
@@ -64,9 +68,16 @@ has_gpu() {
 }
 
 # The GPU extra is never taken away: a login node without a GPU may share the checkout with nodes that have one.
+needs_gpu_extra() {
+    [ "$megaresid_gpu" = 1 ] || has_gpu
+}
+
+is_complete_without_extra() {
+    [ -f "$megaresid_stamp" ] && [ "$(head -n 4 "$megaresid_stamp")" = "$(wanted_environment)" ]
+}
+
 is_complete() {
-    [ -f "$megaresid_stamp" ] && [ "$(head -n 4 "$megaresid_stamp")" = "$(wanted_environment)" ] &&
-        { ! has_gpu || grep -q '^extras:.*gpu' "$megaresid_stamp"; }
+    is_complete_without_extra && { ! needs_gpu_extra || grep -q '^extras:.*gpu' "$megaresid_stamp"; }
 }
 
 # Runs pip with its output in the log; shows what is large or slow.
@@ -100,7 +111,13 @@ make_venv() {
     else
         say "Bringing .venv up to date"
     fi
-    rm -f "$megaresid_stamp" "$megaresid_log"
+    rm -f "$megaresid_log"
+    # The stamp matches no longer, but still says how the environment was made. Where the GPU extra alone is added it
+    # stays as it is: for machines without a GPU the environment remains complete, whatever becomes of the addition.
+    if [ -f "$megaresid_stamp" ] && ! is_complete_without_extra; then
+        { echo "being replaced" && tail -n +2 "$megaresid_stamp"; } >"$megaresid_stamp.new"
+        mv "$megaresid_stamp.new" "$megaresid_stamp"
+    fi
 }
 
 # Prints the version of the site's torch, which pip must leave alone.
@@ -111,16 +128,17 @@ try:
     import torch
 except ImportError:
     sys.exit("error: MEGARESID_SYSTEM_TORCH=1 but this Python has no torch: name one that has it in MEGARESID_PYTHON")
-release = torch.__version__.split("+")[0]
-if tuple(int(part) for part in release.split(".")[:2]) < (2, 11):
-    sys.exit(f"error: MEGARESID_SYSTEM_TORCH=1 but its torch is {release}: 2.11 or newer is needed")
+from pip._vendor.packaging.version import Version  # to agree with pip, for which 2.11.0a0 comes before 2.11
+if Version(torch.__version__) < Version("2.11"):
+    sys.exit(f"error: MEGARESID_SYSTEM_TORCH=1 but its torch is {torch.__version__}: the release 2.11 or newer is "
+             "needed; name a Python that has it in MEGARESID_PYTHON, or set MEGARESID_SYSTEM_TORCH=0")
 print(torch.__version__)
 PYTHON
 }
 
 install_packages() {
     local constraints=$megaresid_root/launch/constraints.txt extras=dev version
-    if has_gpu; then extras=dev,gpu; fi
+    if needs_gpu_extra; then extras=dev,gpu; fi
     if [ "$megaresid_system_torch" = 1 ]; then
         version=$(system_torch)
         say "Using the site's torch $version"
@@ -160,12 +178,15 @@ make_environment() {
 
 if ! is_complete; then
     # Two commands started together: the second waits for the first.
-    exec 9<"${BASH_SOURCE[0]}"
+    # Opened for append, though nothing is written: NFS locks no file that is open for reading only.
+    [ -w "${BASH_SOURCE[0]}" ] ||
+        fail "$megaresid_venv is not complete for this machine and you cannot write to the checkout: ask its owner"
+    exec 9>>"${BASH_SOURCE[0]}"
     if command -v flock >/dev/null; then flock 9; fi
     trap 'echo "interrupted: the same command starts it again" >&2; exit 130' INT
     if ! is_complete; then make_environment; fi
     trap - INT
-    exec 9<&-
+    exec 9>&-
 fi
 
 export VIRTUAL_ENV=$megaresid_venv TORCH_EXTENSIONS_DIR=$megaresid_venv/torch_extensions

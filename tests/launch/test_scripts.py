@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"])
-
+PYTHON = {"MEGARESID_PYTHON": sys.executable}  # a real one, where the environment's only records its calls
 
 # Stands for every program of the environment: writes what it was called with to `calls`, one argument a line, and
 # does what the scripts wait for: makes the data set, counts two GPUs, finds a port.
@@ -38,7 +39,8 @@ def checkout(tmp_path, monkeypatch):
     for program in ("python", "deepspeed"):
         write_program(root / ".venv/bin" / program, PROGRAM)
     write_program(root / ".venv/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
-    monkeypatch.delenv("MEGARESID_SYSTEM_TORCH", raising=False)
+    for name in ("MEGARESID_SYSTEM_TORCH", "MEGARESID_GPU"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(root)
     # has_gpu is asked before the environment is activated
     monkeypatch.setenv("PATH", f"{root}/.venv/bin:{os.environ['PATH']}")
@@ -170,6 +172,88 @@ def test_quickstart_uses_every_gpu(checkout):
     options = training_options(checkout)
     assert options["--num_accelerators"] == "2" and options["--deepspeed_config"] == "ds_configs/h200x2.json"
     assert int(options["--micro-batch-size"]) * 2 == int(options["--global-batch-size"])
+
+
+NO_INDEX = """#!/bin/sh
+case "$*" in
+*" install "*dev,gpu*) echo "ERROR: no index" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("reason", ["a GPU", "MEGARESID_GPU=1"])
+def test_a_gpu_extra_that_cannot_be_added_leaves_the_environment_complete_without(checkout, reason):
+    stamp = checkout / ".venv/megaresid-complete"
+    stamp.write_text(stamp.read_text().replace("dev,gpu", "dev"))
+    complete = stamp.read_text()
+    write_program(checkout / ".venv/bin/python", NO_INDEX)
+    if reason == "a GPU":
+        write_program(checkout / ".venv/bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: H200'\n")
+    forced = {"MEGARESID_GPU": "1"} if reason == "MEGARESID_GPU=1" else {}
+    ran = run("bash", "-c", "source launch/environment.sh; echo went on", **PYTHON, **forced)
+    assert ran.returncode == 2 and "Installing megaresid[dev,gpu]" in ran.stdout and "went on" not in ran.stdout
+    assert stamp.read_text() == complete
+    (checkout / ".venv/bin/nvidia-smi").unlink()
+    assert run("bash", "-c", "source launch/environment.sh; echo went on").stdout == "went on\n"
+
+
+def test_an_environment_out_of_date_is_not_complete_and_keeps_its_gpu_extra(checkout):
+    """The first attempt fails; the second, where no GPU is, still installs the extra and renews the stamp."""
+    stamp = checkout / ".venv/megaresid-complete"
+    before = (checkout / "setup.cfg").read_text()
+    complete = stamp.read_text()
+    (checkout / "setup.cfg").write_text(before + "# changed\n")
+    write_program(checkout / ".venv/bin/python", NO_INDEX)
+    assert run("bash", "-c", "source launch/environment.sh", **PYTHON).returncode == 2
+    (checkout / "setup.cfg").write_text(before)
+    write_program(checkout / ".venv/bin/python", PROGRAM)
+    ran = run("bash", "-c", "source launch/environment.sh; echo went on", **PYTHON)
+    assert "Installing megaresid[dev,gpu]" in ran.stdout, "what was half replaced is installed again"
+    assert ran.stdout.endswith("went on\n") and stamp.read_text() == complete
+
+
+@pytest.mark.parametrize(
+    "version, fits",
+    [("2.10.0", False), ("2.11.0a0+g1.nv26", False), ("2.11.0+cu128", True), ("2.12.0a0+g1.nv26", True)],
+)
+def test_the_sites_torch_must_be_one_that_pip_takes(checkout, tmp_path, version, fits):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/torch.py").write_text(f"__version__ = {version!r}\n")
+    stamp = checkout / ".venv/megaresid-complete"
+    stamp.write_text(stamp.read_text().replace("system torch: 0", "system torch: 1").replace("dev,gpu", "dev"))
+    # Runs Python for the check alone: no package is installed.
+    python = f'#!/bin/sh\ncase "$1" in -) exec "{sys.executable}" - ;; esac\n'
+    write_program(checkout / ".venv/bin/python", python)
+    site = {"PYTHONPATH": str(tmp_path / "site"), "MEGARESID_GPU": "1"}
+    ran = run("bash", "-c", "source launch/environment.sh; echo went on", **PYTHON, **site)
+    if fits:
+        assert ran.returncode == 0 and f"Using the site's torch {version}\n" in ran.stdout
+        assert f"torch=={version}" in (checkout / ".venv/constraints.txt").read_text().splitlines()
+    else:
+        assert ran.returncode == 2 and "went on" not in ran.stdout
+        assert f"its torch is {version}: the release 2.11 or newer is needed" in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+
+
+def test_slurm_passes_the_cores_on_to_each_machine(checkout):
+    write_program(checkout / ".venv/bin/scontrol", "#!/bin/sh\nprintf 'node-1\\nnode-2\\n'\n")
+    write_program(checkout / ".venv/bin/srun", PROGRAM)
+    job = {
+        "SLURM_SUBMIT_DIR": str(checkout),
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "42",
+        "SLURM_CPUS_PER_TASK": "16",
+    }
+    assert run("bash", "launch/slurm.sbatch", "my data", "a run", "--seed", "7", **job).returncode == 0
+    [[program, *arguments]] = calls(checkout)
+    launcher, training = arguments[: arguments.index("torchrun")], arguments[arguments.index("torchrun") :]
+    assert program == "srun" and launcher == ["--kill-on-bad-exit", "--cpus-per-task", "16"]
+    value = dict(zip(training, training[1:]))
+    assert value["--nnodes"] == "2" and value["--nproc-per-node"] == "2"
+    assert value["--rdzv-endpoint"] == "node-1:29500" and value["-m"] == "megaresid.train"
+    assert value["--data"] == "my data" and value["--run-dir"] == "a run" and training[-2:] == ["--seed", "7"]
 
 
 def python_that_says(folder, version):
