@@ -86,6 +86,7 @@ def ours(folder: Path, data: Path, steps: int, ranks: int, deepspeed_config: Pat
     launcher += ["--master_port", str(free_port())]
     command = [*launcher, "--module", "megaresid.train", *(str(word) for pair in options.items() for word in pair)]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["DS_ACCELERATOR"] = "cpu"  # on a machine with GPUs too
     return measure(command, folder / "run" / "metrics.jsonl", folder / "ours.log", environment)
 
 
