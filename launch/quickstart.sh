@@ -43,15 +43,16 @@ else
         if [ "$cores" -gt "$share" ]; then cores=$share; fi
     fi
     if [ "$ranks" -gt "$cores" ]; then ranks=1; fi
-    export OMP_NUM_THREADS=$((cores / ranks))
+    # Said, DeepSpeed does not search for an accelerator, and warn that there is none, in every process.
+    export OMP_NUM_THREADS=$((cores / ranks)) DS_ACCELERATOR=cpu
     say "Training on the CPU: $ranks rank(s) of $OMP_NUM_THREADS thread(s)"
 fi
 micro_batch=$(((sequences + ranks - 1) / ranks))
 # Another run on this machine may hold the launcher's usual port.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
-deepspeed --num_accelerators "$ranks" --master_port "$port" --module megaresid.train --deepspeed_config "$config" \
-    --data "$data" --run-dir "$run" --model tiny --steps "$steps" \
+deepspeed --log_level error --num_accelerators "$ranks" --master_port "$port" --module megaresid.train \
+    --deepspeed_config "$config" --data "$data" --run-dir "$run" --model tiny --steps "$steps" \
     --global-batch-size $((micro_batch * ranks)) --micro-batch-size "$micro_batch" \
     --learning-rate 2e-3 --min-learning-rate 1e-4 --weight-decay 0.1 \
     --log-interval 20 --validation-interval $((steps / 4)) --validation-tokens 20480 \
