@@ -11,7 +11,7 @@ from megaresid.training.run_dir import read_json
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a run, of its folder of checkpoints or of one of them; raises UserError for anything else."""
+    """The run directory of a run, its folder of checkpoints or one of them. Raises UserError for anything else."""
     place = path.resolve()  # a relative path may have too few parents
     for folder in (place, *place.parents[:2]):
         if (folder / "config.json").is_file():

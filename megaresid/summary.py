@@ -4,6 +4,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -52,11 +53,11 @@ def summarise(run: Path) -> str:
     unigram = unigram_loss(training, validation, tokens, shape["vocab_size"])
     first, last = validations[0], validations[-1]
     lines = [
-        f"validation loss   {first['val_loss']:.3f} at step {first['step']}, {last['val_loss']:.3f} at step "
-        f"{last['step']} after {last['tokens']:,} tokens",
-        f"unigram loss      {unigram:.3f} on the same tokens: the run ends {_relative(last['val_loss'] - unigram)} it",
+        f"validation loss   {_loss(first)} at step {first['step']}, {_loss(last)} at step {last['step']} after "
+        f"{last['tokens']:,} tokens",
+        f"unigram loss      {unigram:.3f} on the same tokens{_relative(last['val_loss'], unigram)}",
     ]
-    if speeds := [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]:
+    if speeds := [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]:
         lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
     tensorboard = _from_here(Path(sys.executable).parent / "tensorboard")
     lines += [
@@ -82,8 +83,15 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _relative(difference: float) -> str:
-    return f"{abs(difference):.3f} {'below' if difference < 0 else 'above'}"
+def _loss(row: dict[str, Any]) -> str:
+    """A loss that was not finite is stored as null."""
+    return "not finite" if row["val_loss"] is None else f"{row['val_loss']:.3f}"
+
+
+def _relative(loss: float | None, unigram: float) -> str:
+    if loss is None:
+        return ""
+    return f": the run ends {abs(loss - unigram):.3f} {'below' if loss < unigram else 'above'} it"
 
 
 @exits_with_user_errors
