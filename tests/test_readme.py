@@ -1,0 +1,111 @@
+"""What README.md says, held against the repository: its code, its paths, its options."""
+
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaresid.config import SECTIONS
+from megaresid.model.gpt import build, canonical_parameters
+from megaresid.model.plan import ModelPlan
+from megaresid.model.presets import ModelShape
+from megaresid.residual.stream import RESIDUALS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Options that the parser of megaresid.train takes before the configuration does.
+BESIDE_THE_CONFIGURATION = {"--preset", "--config"}
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    """The fenced blocks of a language, "" for those that name none."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands_of(module: str) -> list[list[str]]:
+    """The arguments of every command line in a block that starts ``module``."""
+    lines = [line for block in blocks(README) for line in block.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if re.search(rf"(-m|--module) {module}\s", line)]
+    return [words[words.index(module) + 1 :] for words in found]
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """The variant of README, executed in a module of its own; what it registers is forgotten after the test."""
+    monkeypatch.setattr(RESIDUALS, "_classes", dict(RESIDUALS.classes()))
+    (code,) = blocks(section("Adding a variant"), "python")
+    module = types.ModuleType("readme_half")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code, "README.md", "exec"), module.__dict__)
+
+
+def trained(residual: str, halved: bool = False):
+    """A small model away from its initial values; ``halved``: with what every sublayer ends in multiplied by 1/2."""
+    model = build(ModelPlan(ModelShape(layers=2, heads=2, width=16, context=8, vocab_size=50), residual=residual), 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in canonical_parameters(model, model.prefixes).items():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+            if halved and re.search(r"\.(o_proj|proj)\.", name):
+                parameter /= 2
+    return model.eval()
+
+
+def test_the_variant_of_the_readme_halves_every_update(half):
+    idx = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(2))
+    logits, vanilla, expected = (
+        model(idx)[0] for model in (trained("half"), trained("vanilla"), trained("vanilla", halved=True))
+    )
+    assert (logits - vanilla).abs().max() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_other_spellings_of_the_variant(half):
+    plan = ModelPlan(ModelShape(layers=8, heads=2, width=16, context=8), residual="3*vanilla + half")
+    assert [plan.residual_of(layer).name for layer in range(8)] == 2 * (3 * ["vanilla"] + ["half"])
+    own = ModelPlan(ModelShape(layers=1, heads=2, width=16, context=8), residual="readme_half:Half")
+    assert own.residual_of(0).name == "half"
+
+
+def test_no_placeholder_is_left():
+    assert re.findall(r"@@\w*", README) == []
+
+
+def test_every_path_exists():
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"data", "runs", "text"}  # what a user makes
+    written = re.findall(r"(?<![\w/.-])[\w-]+/[\w./-]*\w", README)
+    named = {path for path in written if path.split("/")[0] in folders} | set(re.findall(r"\]\(([^):#]+)\)", README))
+    assert {"tests", "ds_configs", "launch"} <= {path.split("/")[0] for path in named}
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_the_layout_names_what_is_there():
+    (layout,) = blocks(section("Layout"))
+    parent, missing = ROOT, []
+    for line in layout.splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            parent = ROOT / names[0]
+            names = ["."]
+        missing += [f"{parent.name}/{name}" for name in names if not (parent / name).exists()]
+    assert missing == []
+
+
+def test_every_option_of_training_is_one():
+    commands = commands_of("megaresid.train")
+    assert len(commands) >= 2
+    options = {word.split("=")[0] for words in commands for word in words if word.startswith("--")}
+    # The text of this section speaks of training; --help is every command's, --nproc-per-node is torchrun's.
+    spoken = re.findall(r"`[^`\n]*`", re.sub(r"^```.*?^```$", "", section("Training"), flags=re.MULTILINE | re.DOTALL))
+    options |= {word for span in spoken for word in re.findall(r"--[\w-]+", span)} - {"--help", "--nproc-per-node"}
+    options |= set(re.findall(r"`(--residual|--attention)\b", README))
+    known = BESIDE_THE_CONFIGURATION | {f"--{key.replace('_', '-')}" for key in SECTIONS} | {"--deepspeed_config"}
+    assert sorted(options - known) == []
