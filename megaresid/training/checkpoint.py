@@ -108,7 +108,8 @@ def save_checkpoint(
                 aside.mkdir()
         with _agreed(what):
             record = write_tensors(aside / rank_file(rank), tensors, runs)
-        parts = _gathered((record, _shapes(parameters), live.scalars(), _generator_states()))
+            part = record, _shapes(parameters), live.scalars(), _generator_states()
+        parts = _gathered(part)
         with _agreed(what):
             if rank == 0:
                 records, shapes, scalars, generators = zip(*parts)
@@ -139,14 +140,13 @@ def find_checkpoint(path: Path) -> Path | None:
     """The newest complete checkpoint of a run directory (None if it has none), or ``path`` itself if it is one.
 
     Incomplete ones are passed over in a run directory; named themselves, they are a ``UserError`` that names the file
-    that is missing, cut short or damaged (hashes are checked then).
+    that is missing or has another size than was written. Hashes are checked by what loads or reads it.
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run directory or checkpoint")
     is_one = re.fullmatch(rf"({re.escape(ASIDE)})?step_\d+", path.name)
     if is_one or (path / HEADER).exists() or (path / MARKER).exists():
-        files = complete_files(path)
-        check_hashes(path, files, files)
+        complete_files(path)
         return path
     found = checkpoints_in(path if path.name == FOLDER else path / FOLDER)
     return found[-1] if found else None
@@ -161,44 +161,51 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     what = f"checkpoint {path}"
-    with _agreed(what):
-        live = live_state(engine, parameters)
-        files = complete_files(path)
-        check_hashes(path, files, sorted(files)[rank::ranks])
-    shapes = _merged(_gathered(_shapes(parameters)))
-    with _agreed(what):
-        saved = SavedState(path)
-        check_shapes(str(path), saved.header.parameters, shapes)
-        live.owned_scalars(saved)
+    live, saved = _opened(engine, parameters, path)
     with saved:
+        with _agreed(what):
+            live.owned_scalars(saved)
         with _agreed(what):
             live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
             live.restore_optimizer(saved)
         live.publish()
         header = saved.header
-    for name in ENGINE_COUNTERS:
-        setattr(engine, name, header.engine[name])
-    # Counted anew, since another rank count may accumulate over another number of micro-batches.
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if header.world_size == ranks:
-        _set_generator_states(header.generators[rank])
+    with _agreed(what):
+        for name in ENGINE_COUNTERS:
+            setattr(engine, name, header.engine[name])
+        # Counted anew, since another rank count may accumulate over another number of micro-batches.
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        if header.world_size == ranks:
+            _set_generator_states(header.generators[rank])
     return CheckpointState(header.step, header.counters, header.identity, header.world_size)
 
 
-def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], source: Mapping[str, Tensor]) -> None:
-    """Set an engine's parameters, under any ZeRO stage, to the full tensors of ``source``; the optimizer stays.
+def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Set an engine's parameters, under any ZeRO stage, to those of a checkpoint; all else stays as it is.
 
-    Every rank calls it with the same source. Raises ``UserError``, before anything is changed, for other names or
-    shapes.
+    Every rank calls it, and reads the runs of elements that it holds. Raises ``UserError`` on all of them, before
+    anything is changed, for a damaged checkpoint or for parameters with other names or shapes.
     """
-    shapes = _merged(_gathered(_shapes(parameters)))
-    with _agreed("copying parameters"):
-        live = live_state(engine, parameters)
-        check_shapes("the weights to start from", {name: list(t.shape) for name, t in source.items()}, shapes)
-        live.restore_parameters(
-            lambda name, offset, out: out.copy_(source[name].reshape(-1)[offset : offset + out.numel()])
-        )
-    live.publish()
+    live, saved = _opened(engine, parameters, path)
+    with saved:
+        with _agreed(f"checkpoint {path}"):
+            live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
+        live.publish()
+
+
+def _opened(engine, parameters: Mapping[str, nn.Parameter], path: Path) -> tuple[LiveState, SavedState]:
+    """An engine's state, and the checkpoint of parameters with the same names and shapes; each rank hashes its share
+    of the files."""
+    what = f"checkpoint {path}"
+    with _agreed(what):
+        live, shapes = live_state(engine, parameters), _shapes(parameters)
+        files = complete_files(path)
+        check_hashes(path, files, sorted(files)[dist.get_rank() :: dist.get_world_size()])
+    shapes = _merged(_gathered(shapes))
+    with _agreed(what):
+        saved = SavedState(path)
+        check_shapes(str(path), saved.header.parameters, shapes)
+    return live, saved
 
 
 def _written(

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +32,8 @@ MARKER = "complete.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 ASIDE = ".tmp-"
+
+_RUNS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
 
 class _Record(BaseModel):
@@ -147,7 +149,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 class SavedState:
     """A complete checkpoint, open for reading; a context manager.
 
-    ``header`` is its header. Raises ``UserError`` naming the file that is not as the format says.
+    ``header`` is its header. Raises ``UserError`` naming the file that is missing or not as the format says; hashes are
+    not checked, so that a look at the header reads no more than the files' own headers.
     """
 
     def __init__(self, path: Path):
@@ -157,8 +160,13 @@ class SavedState:
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         self._files = ExitStack()
         try:
-            for rank in range(self.header.world_size):
-                self._index(path / rank_file(rank))
+            for file in map(rank_file, range(self.header.world_size)):
+                try:
+                    self._index(path / file)
+                except FileNotFoundError:
+                    raise UserError(f"{path / file}: it is missing, {HEADER} counts it; use another one") from None
+                except (SafetensorError, ValidationError):
+                    raise UserError(f"{path / file}: its safetensors header is damaged; use another one") from None
         except BaseException:
             self.close()
             raise
@@ -167,10 +175,10 @@ class SavedState:
 
     def _index(self, path: Path) -> None:
         file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
-        runs = json.loads(file.metadata()["runs"])
+        runs = _RUNS.validate_json((file.metadata() or {}).get("runs", ""))
         for key in file.keys():
             kind, _, name = key.partition(":")
-            offset, length = runs[name]
+            offset, length = runs.get(name, (0, None))
             piece = file.get_slice(key)
             if name not in self._kinds or piece.get_shape() != [length]:
                 raise UserError(f"{path}: {key!r} is not as {HEADER} and its metadata say; use another checkpoint")

@@ -8,6 +8,7 @@ from engines import ADAMW, SGD, adam_steps, equal, full_state, make_engine, trai
 from safetensors import safe_open
 
 from megaresid.errors import UserError
+from megaresid.training import checkpoint
 from megaresid.training.checkpoint import copy_parameters, load_checkpoint, read_parameters, save_checkpoint
 
 IDENTITY = {"data": "d0", "spec": "s0"}
@@ -169,27 +170,47 @@ def test_another_accumulation_continues_at_a_boundary(ranks1, tmp_path):
     assert ranks1.run(accumulate_differently, tmp_path) == [(4, 8, {4.0})]
 
 
-def copy_into(stage, source):
-    engine, parameters = make_engine(stage)
+def copy_into(stage, path):
+    """The state before and after copying, and how many elements of each parameter this rank read."""
+    engine, parameters = make_engine(stage, seed=1)
     train(engine, range(1))
-    before = full_state(engine, parameters)
-    copy_parameters(engine, parameters, source)
+    before, counters = full_state(engine, parameters), (engine.global_steps, engine.micro_steps)
+    read, elements = checkpoint.SavedState.read, {}
+
+    def counting(self, kind, name, offset, out):
+        assert kind == "parameter"
+        elements[name] = elements.get(name, 0) + out.numel()
+        read(self, kind, name, offset, out)
+
+    checkpoint.SavedState.read = counting
+    try:
+        copy_parameters(engine, parameters, path)
+    finally:
+        checkpoint.SavedState.read = read
+    assert counters == (engine.global_steps, engine.micro_steps)
     after = full_state(engine, parameters)
     engine.destroy()
-    return before, after
+    return before, after, elements
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_copied_parameters_are_the_source_and_leave_the_optimizer(ranks2, stage):
-    shapes = {"embed.weight": (11, 7), "inner.weight": (5, 7), "inner.bias": (5,), "outer.weight": (7, 5),
-              "outer.bias": (7,), "gate": (1,), "shift": (7,)}  # fmt: skip
-    source = {name: torch.randn(shape, generator=torch.Generator().manual_seed(5)) for name, shape in shapes.items()}
-    for before, after in ranks2.run(copy_into, stage, source):
+@pytest.mark.parametrize("saving, stage", [("ranks1", 0), ("ranks1", 1), ("ranks2", 2), ("ranks2", 3)])
+@pytest.mark.parametrize("copying", range(4))
+def test_copied_parameters_are_the_checkpoint_s_and_leave_the_optimizer(
+    request, ranks2, tmp_path, saving, stage, copying
+):
+    path, state = request.getfixturevalue(saving).run(train_and_save, tmp_path, stage)[0]
+    source = state["parameter"]
+    seen = ranks2.run(copy_into, copying, path)
+    for before, after, _ in seen:
+        assert not equal(before["parameter"], source)
         assert equal(after["parameter"], source) and equal(after["weights"], source)
         assert equal(after["exp_avg"], before["exp_avg"]) and equal(after["exp_avg_sq"], before["exp_avg_sq"])
+    for name, value in source.items():  # each rank reads what it holds: all of it only where that is replicated
+        holders = 2 if copying == 0 or (name == "shift" and copying < 3) else 1
+        assert sum(elements.get(name, 0) for _, _, elements in seen) == holders * value.numel()
 
 
-def load_into_renamed(path, renaming, shape):
+def load_into_renamed(load, path, renaming, shape):
     """Load into a model with other names, or another shape of one parameter; nothing may change."""
     engine, parameters = make_engine(0)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -197,19 +218,20 @@ def load_into_renamed(path, renaming, shape):
     if shape is not None:
         renamed["gate"] = torch.nn.Parameter(torch.zeros(shape))
     try:
-        load_checkpoint(engine, renamed, path)
+        load(engine, renamed, path)
     finally:
         assert equal({name: parameter.detach() for name, parameter in parameters.items()}, before)
         assert not engine.optimizer.state and engine.global_steps == 0
         engine.destroy()
 
 
-def test_other_names_and_shapes_are_an_error_that_names_them(ranks2, tmp_path):
+@pytest.mark.parametrize("load", [load_checkpoint, copy_parameters])
+def test_other_names_and_shapes_are_an_error_that_names_them(ranks2, tmp_path, load):
     (path, _), _ = ranks2.run(train_and_save, tmp_path, 1)
     with pytest.raises(UserError, match="lacks parameter inner.bas of this model; did you mean 'inner.bias'?"):
-        ranks2.run(load_into_renamed, path, {"inner.bias": "inner.bas"}, None)
+        ranks2.run(load_into_renamed, load, path, {"inner.bias": "inner.bas"}, None)
     with pytest.raises(UserError, match=r"gate has shape \[1\] there and \[2\] here"):
-        ranks2.run(load_into_renamed, path, {}, (2,))
+        ranks2.run(load_into_renamed, load, path, {}, (2,))
 
 
 def load_what_was_stepped_unevenly(folder):

@@ -10,7 +10,13 @@ from engines import make_engine, train
 
 from megaresid.errors import UserError
 from megaresid.training import checkpoint, checkpoint_format
-from megaresid.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from megaresid.training.checkpoint import (
+    CheckpointError,
+    copy_parameters,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def save_steps(folder, steps, keep=None):
@@ -142,7 +148,100 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(ranks1, tmp_
     assert not (tmp_path / "checkpoints").exists()
 
 
-def load_with_a_flipped_bit(folder):
+FAULTS_OF_SAVING = [
+    ("write_tensors", 1),
+    ("_shapes", 1),
+    ("_generator_states", 1),
+    ("_make_room", 0),
+    ("_complete", 0),
+    ("move_into_place", 0),
+    ("_retain", 0),
+]
+FAULTS_OF_OPENING = ["check_hashes", "SavedState", "SavedState.read", "check_shapes", "_shapes"]
+FAULTS_OF_LOADING = [
+    (load, name, rank)
+    for load, names in [
+        (load_checkpoint, [*FAULTS_OF_OPENING, "_set_generator_states"]),
+        (copy_parameters, FAULTS_OF_OPENING),
+    ]
+    for name in names
+    for rank in (0, 1)
+]
+
+
+def with_a_fault(name, rank, act) -> str | None:
+    """What ``act()`` raises on this rank when the function ``name`` fails on the rank ``rank`` alone."""
+    *owners, name = name.split(".")
+    owner = getattr(checkpoint, *owners) if owners else checkpoint
+    original = getattr(owner, name)
+
+    def fails(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    if dist.get_rank() == rank:
+        setattr(owner, name, fails)
+    try:
+        act()
+    except CheckpointError as error:
+        return str(error)
+    else:
+        return None
+    finally:
+        setattr(owner, name, original)
+
+
+def save_with_a_fault(folder, name, rank):
+    engine, parameters = make_engine(2)
+    message = with_a_fault(
+        name,
+        rank,
+        lambda: save_checkpoint(engine, parameters, folder, step=2, counters={}, identity={}, keep=1),
+    )
+    engine.destroy()
+    return message
+
+
+@pytest.mark.parametrize("name, rank", FAULTS_OF_SAVING)
+def test_a_fault_of_one_rank_in_a_save_is_an_error_on_all(ranks2, tmp_path, name, rank):
+    for message in ranks2.run(save_with_a_fault, tmp_path / "checkpoints", name, rank, timeout=60):
+        assert f"rank {rank}: OSError" in message and "Input/output error" in message
+
+
+def load_with_a_fault(folder, load, name, rank):
+    engine, parameters = make_engine(3)
+    path = save_checkpoint(engine, parameters, folder, step=1, counters={}, identity={})
+    message = with_a_fault(name, rank, lambda: load(engine, parameters, path))
+    engine.destroy()
+    return message
+
+
+@pytest.mark.parametrize("load, name, rank", FAULTS_OF_LOADING)
+def test_a_fault_of_one_rank_in_a_load_is_an_error_on_all(ranks2, tmp_path, load, name, rank):
+    for message in ranks2.run(load_with_a_fault, tmp_path / "checkpoints", load, name, rank, timeout=60):
+        assert f"step_00000001: rank {rank}: OSError" in message and "Input/output error" in message
+
+
+def load_and_list_what_is_hashed(folder, load):
+    engine, parameters = make_engine(1)
+    path = save_checkpoint(engine, parameters, folder, step=1, counters={}, identity={})
+    original, hashed = checkpoint_format._record, []
+    checkpoint_format._record = lambda file: hashed.append(file.name) or original(file)
+    try:
+        load(engine, parameters, find_checkpoint(path))
+    finally:
+        checkpoint_format._record = original
+        engine.destroy()
+    return hashed
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, copy_parameters])
+def test_finding_and_loading_hash_each_file_once_shared_over_the_ranks(ranks2, tmp_path, load):
+    shares = ranks2.run(load_and_list_what_is_hashed, tmp_path / "checkpoints", load)
+    assert all(shares)
+    assert sorted(sum(shares, [])) == ["checkpoint.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+
+
+def load_with_a_flipped_bit(folder, load, at):
     engine, parameters = make_engine(1)
     path = save_checkpoint(engine, parameters, folder, step=1, counters={}, identity={})
     train(engine, range(1))
@@ -150,16 +249,18 @@ def load_with_a_flipped_bit(folder):
     dist.barrier()
     if dist.get_rank() == 0:
         damaged = bytearray((path / "rank_00001.safetensors").read_bytes())
-        damaged[-1] ^= 1
+        damaged[at] ^= 1
         (path / "rank_00001.safetensors").write_bytes(damaged)
     dist.barrier()
     try:
-        load_checkpoint(engine, parameters, path)
+        load(engine, parameters, path)
     finally:
         assert all(parameter.equal(before[name]) for name, parameter in parameters.items())
         engine.destroy()
 
 
-def test_loading_a_damaged_file_is_an_error_on_all_ranks_and_changes_nothing(ranks2, tmp_path):
+@pytest.mark.parametrize("at", [-1, 12], ids=["value", "header"])
+@pytest.mark.parametrize("load", [load_checkpoint, copy_parameters])
+def test_loading_a_damaged_file_is_an_error_on_all_ranks_and_changes_nothing(ranks2, tmp_path, load, at):
     with pytest.raises(UserError, match="rank_00001.safetensors: the SHA-256"):
-        ranks2.run(load_with_a_flipped_bit, tmp_path / "checkpoints")
+        ranks2.run(load_with_a_flipped_bit, tmp_path / "checkpoints", load, at)

@@ -99,32 +99,98 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, at: int = -1, mask: int = 1) -> None:
     damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
+    damaged[at] ^= mask
     file.write_bytes(damaged)
 
 
 @pytest.mark.parametrize(
-    "name, damage, message, passed_over",
+    "name, damage, message",
     [
-        ("rank_00001.safetensors", cut, "rank_00001.safetensors: .* bytes", True),
-        ("rank_00000.safetensors", flip, "rank_00000.safetensors: the SHA-256", False),
-        ("checkpoint.json", flip, "checkpoint.json: the SHA-256", False),
-        ("rank_00001.safetensors", Path.unlink, "rank_00001.safetensors: the file is missing", True),
-        ("checkpoint.json", Path.unlink, "checkpoint.json: the file is missing", True),
-        ("complete.json", Path.unlink, "complete.json: the file is missing", True),
-        ("complete.json", cut, "complete.json: it is not JSON", True),
+        ("rank_00001.safetensors", cut, "rank_00001.safetensors: .* bytes"),
+        ("rank_00001.safetensors", Path.unlink, "rank_00001.safetensors: the file is missing"),
+        ("checkpoint.json", Path.unlink, "checkpoint.json: the file is missing"),
+        ("complete.json", Path.unlink, "complete.json: the file is missing"),
+        ("complete.json", cut, "complete.json: it is not JSON"),
     ],
 )
-def test_a_damaged_checkpoint_that_is_named_is_an_error_naming_the_file(tmp_path, name, damage, message, passed_over):
+def test_an_incomplete_checkpoint_is_passed_over_and_an_error_when_named(tmp_path, name, damage, message):
     path = write(tmp_path / "checkpoints" / "step_00000005", HALVES)
     damage(path / name)
     with pytest.raises(UserError, match=message):
         find_checkpoint(path)
     with pytest.raises(UserError, match=message):
         read_parameters(path)
-    assert find_checkpoint(tmp_path) == (None if passed_over else path)  # hashes are not checked in passing
+    assert find_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "checkpoint.json"])
+def test_other_bytes_than_were_written_are_found_by_reading_not_by_finding(tmp_path, name):
+    path = write(tmp_path / "checkpoints" / "step_00000005", HALVES)
+    flip(path / name)
+    assert find_checkpoint(tmp_path) == find_checkpoint(path) == path
+    with pytest.raises(UserError, match=f"{name}: the SHA-256"):
+        read_parameters(path)
+
+
+def test_any_flipped_byte_of_a_safetensors_header_is_read_or_is_an_error_naming_the_file(tmp_path):
+    path = write(tmp_path / "step_00000005", HALVES)
+    file = path / "rank_00001.safetensors"
+    written = file.read_bytes()
+    refused = 0
+    for at in range(8 + int.from_bytes(written[:8], "little")):
+        for mask in (0x01, 0x20, 0x80):
+            flip(file, at, mask)
+            try:
+                SavedState(path).close()
+            except UserError as error:
+                assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+                refused += 1
+            with pytest.raises(UserError, match="rank_00001.safetensors: the SHA-256"):
+                read_parameters(path)
+            file.write_bytes(written)
+    flip(file, 12)
+    with pytest.raises(UserError, match="rank_00001.safetensors: its safetensors header is damaged"):
+        SavedState(path)
+    assert refused > len(written) / 2  # a flipped space, or letter of an optimizer's key, is a header still
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 30, 150, -1])
+def test_a_truncated_file_is_an_error_naming_it(tmp_path, length):
+    path = write(tmp_path / "step_00000005", HALVES)
+    file = path / "rank_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match="rank_00001.safetensors: its safetensors header is damaged"):
+        SavedState(path)
+    with pytest.raises(UserError, match="rank_00001.safetensors: .* bytes"):
+        read_parameters(path)
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (None, "header is damaged"),
+        ({"other": "{}"}, "header is damaged"),
+        ({"runs": '{"a.weight": (7'}, "header is damaged"),
+        ({"runs": '{"a.weight": [7]}'}, "header is damaged"),
+        ({"runs": '{"a.weight": [-7, 8]}'}, "header is damaged"),
+        ({"runs": "[]"}, "header is damaged"),
+        ({"runs": "{}"}, "'parameter:a.weight' is not as"),
+        ({"runs": '{"a.weight": [7, 9]}'}, "'parameter:a.weight' is not as"),
+    ],
+)
+def test_runs_that_the_metadata_do_not_say_are_an_error_naming_the_file(tmp_path, metadata, message):
+    path = write(tmp_path / "step_00000005", HALVES)
+    save_file({"parameter:a.weight": torch.arange(7.0, 15.0)}, path / "rank_00001.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=f"rank_00001.safetensors: .*{message}"):
+        SavedState(path)
+
+
+def test_a_rank_that_the_header_counts_and_no_file_holds_is_an_error_naming_the_file(tmp_path):
+    path = write(tmp_path / "step_00000005", HALVES, world_size=3)
+    with pytest.raises(UserError, match="rank_00002.safetensors: it is missing"):
+        read_parameters(path)
 
 
 def test_a_marker_cannot_name_files_elsewhere(tmp_path):
