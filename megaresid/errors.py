@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that names the key or file, the value and the mend.
 
     ``rank_local`` marks what only one rank can see (a bad id in its batch): that rank then prints it,
-    where a mistake that every rank sees is printed by rank 0 alone.
+    where a mistake that every rank sees is printed once on each machine.
     """
 
     def __init__(self, message: str, rank_local: bool = False):
@@ -34,8 +35,9 @@ def exits_with_user_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if error.rank_local or os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            if error.rank_local or os.environ.get("LOCAL_RANK", "0") == "0":
+                where = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
+                print(f"error: {where}{error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return command

@@ -125,15 +125,6 @@ class _Reader:
         return int(number), self.component()
 
 
-def parse_component(text: str) -> Component:
-    """Parse one component; raises UserError that shows the text and the place."""
-    reader = _Reader(text)
-    component = reader.component()
-    if not reader.at_end():
-        reader.fail("unexpected text")
-    return component
-
-
 def parse_pattern(text: str) -> Pattern:
     """Parse a pattern over the depth, ``3*a + b``; raises UserError that shows the text and the place."""
     reader = _Reader(text)

@@ -1,13 +1,16 @@
 """A user's mistakes: one line that names the value and the mend, exit code 2, and nothing written."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.__main__ import main as data_prep
+from megaresid.errors import UserError
 from megaresid.train import main
+from megaresid.training.run_dir import check_usable
 
 DS_CONFIG = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 1}}
 
@@ -35,9 +38,21 @@ def workplace(tmp_path, dataset):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def environment_of_its_own(monkeypatch):
+    """The command sets these for its own process, which here is the test's."""
+    for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "PATH"):
+        monkeypatch.setenv(name, os.environ.get(name, "cpu"))
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Every file with its bytes, and every folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def fails_with(workplace: Path, capsys, *options: str) -> str:
     """Run the command; check that it exits with 2, says one line and writes nothing. The line."""
-    before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+    before = contents(workplace)
     given = {"--data": workplace / "data", "--run-dir": workplace / "run", "--deepspeed_config": workplace / "ds.json"}
     given |= {"--model": "tiny", "--context": "32", "--global-batch-size": "8", "--steps": "3"}
     given |= dict(zip(options[::2], options[1::2], strict=True))
@@ -47,7 +62,7 @@ def fails_with(workplace: Path, capsys, *options: str) -> str:
     assert caught.value.code == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and "\n" not in said
-    assert {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()} == before
+    assert contents(workplace) == before
     return said
 
 
@@ -125,6 +140,16 @@ def test_a_run_directory_in_use(workplace, capsys):
     (workplace / "run" / "config.json").unlink()
     (workplace / "run" / "other.txt").write_text("mine")
     assert "holds no run" in fails_with(workplace, capsys, "--resume", "auto")
+
+
+def test_a_start_that_failed_leaves_a_directory_that_can_be_used(workplace):
+    """Its lock is all that it wrote."""
+    (workplace / "run").mkdir()
+    (workplace / "run" / ".lock").touch()
+    check_usable(workplace / "run", resuming=False)
+    (workplace / "run" / "config.json").touch()
+    with pytest.raises(UserError, match="in use"):
+        check_usable(workplace / "run", resuming=False)
 
 
 def test_a_data_set_smaller_than_one_global_batch(workplace, capsys):

@@ -5,7 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaresid.errors import UserError
-from megaresid.spec import Component, Options, Pattern, Registry, fingerprint, parse_component, parse_pattern
+from megaresid.spec import Component, Options, Pattern, Registry, fingerprint, parse_pattern
+
+
+def only(text: str) -> Component:
+    ((_, component),) = parse_pattern(text).terms
+    return component
 
 
 def test_patterns_repeat_over_the_depth():
@@ -15,7 +20,7 @@ def test_patterns_repeat_over_the_depth():
 
 
 def test_values_have_their_types():
-    component = parse_component("a.b:Mixer( i=-3, f = 1e-3 ,yes=TRUE, no=false, nothing=none, word=swish )")
+    component = only("a.b:Mixer( i=-3, f = 1e-3 ,yes=TRUE, no=false, nothing=none, word=swish )")
     assert component.name == "a.b:Mixer"
     expected = {"i": -3, "f": 1e-3, "yes": True, "no": False, "nothing": None, "word": "swish"}
     assert dict(component.options) == expected
@@ -65,7 +70,7 @@ def registry() -> Registry:
 
 
 def test_options_are_checked_and_defaults_filled_in():
-    cls, options = registry().resolve(parse_component("hyper(streams=2)"))
+    cls, options = registry().resolve(only("hyper(streams=2)"))
     assert cls.name == "hyper" and options == Streams(streams=2, dynamic=True)
 
 
@@ -80,7 +85,7 @@ def test_options_are_checked_and_defaults_filled_in():
 )
 def test_mistakes_name_the_value_and_the_mend(text, message):
     with pytest.raises(UserError, match=message):
-        registry().resolve(parse_component(text))
+        registry().resolve(only(text))
 
 
 def test_the_fingerprint_ignores_the_order_of_keys_only():

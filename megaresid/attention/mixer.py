@@ -8,7 +8,7 @@ from torch import nn
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options, Registry
 
-State = tuple[torch.Tensor, ...]
+Side = tuple[torch.Tensor, ...]
 
 MIXERS = Registry("attention", "megaresid.attention")
 
@@ -28,7 +28,7 @@ class Mixer(nn.Module):
     def __init__(self, shape: ModelShape, options: Options, layer: int):
         super().__init__()
 
-    def forward(self, x: torch.Tensor, side: State) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, side: Side) -> tuple[torch.Tensor, Side]:
         """``side`` is what mixers share over depth; a mixer returns it as it is or with its own entries added."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from megaresid.attention.mixer import MIXERS, Mixer, State
+from megaresid.attention.mixer import MIXERS, Mixer, Side
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options
 
@@ -28,7 +28,7 @@ class Softmax(Mixer):
         self.v_proj = nn.Linear(shape.width, shape.width)
         self.o_proj = nn.Linear(shape.width, shape.width)
 
-    def forward(self, x: torch.Tensor, side: State) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, side: Side) -> tuple[torch.Tensor, Side]:
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -2,8 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from megaresid.training.engine import Engine
+import torch
+
+
+class Measurable(Protocol):
+    """As much of the training engine as a measurement needs."""
+
+    device: torch.device
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-batch [m, T] in evaluation mode: a sum over valid targets by all positions."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +26,7 @@ class Hook:
 
     name: str
     interval: int
-    measure: Callable[[Engine], dict[str, float]]
+    measure: Callable[[Measurable], dict[str, float]]
 
     def due(self, step: int, last: int) -> bool:
         """Whether to measure after ``step`` updates of a run of ``last``."""

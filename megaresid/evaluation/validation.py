@@ -10,7 +10,7 @@ from megaresid.data.loader import read_batch
 from megaresid.data.sampler import windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
-from megaresid.training.engine import Engine
+from megaresid.evaluation.hook import Measurable
 
 
 def count_windows(stream: TokenStream, context: int, tokens: int) -> int:
@@ -46,7 +46,7 @@ class Validation:
         self.rank, self.ranks, self.vocab_size = rank, ranks, vocab_size
         self.windows = count_windows(stream, context, tokens)
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
+    def __call__(self, engine: Measurable) -> dict[str, float]:
         total = torch.zeros((), dtype=torch.float64)
         per_round = self.micro_batch * self.ranks
         for start in range(0, self.windows, per_round):

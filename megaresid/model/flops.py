@@ -4,7 +4,7 @@ FLOPs are those of the model's definition: a multiply-add counts 2, causal atten
 seen, padding rows of the vocabulary and recomputation count nothing. Training is counted as three forwards.
 """
 
-import torch
+import re
 
 from megaresid.model.layer import SUBLAYERS
 from megaresid.model.mlp import MLP
@@ -35,9 +35,11 @@ def training_flops_per_token(plan: ModelPlan) -> int:
     return 3 * sum(forward_flops_per_token(plan).values())
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known: never a guess."""
-    if device.type != "cuda":
+def peak_flops(device_name: str, dtype: str | None) -> float | None:
+    """The dense peak in FLOP/s of a device by its name, for matrix products in ``dtype``.
+
+    None where it is not known, never a guess: another dtype than bfloat16, a part of a GPU (MIG), another device.
+    """
+    if dtype != "bfloat16" or "MIG" in device_name:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", device_name)), None)

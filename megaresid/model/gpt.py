@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import dropout, embedding
 
 from megaresid.model.init import STD, Normal, Rule, fill, owned_rules
-from megaresid.model.layer import Layer
+from megaresid.model.layer import SUBLAYERS, Layer
 from megaresid.model.loss import full_logits, linear_cross_entropy
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
@@ -83,6 +83,7 @@ def layer_specs(plan: ModelPlan, activation_checkpointing: bool = False) -> list
     """The model: token embedding, opening of the stream, one ``Layer`` a layer, its close, the tied head."""
     tied = {"tied_weight_attr": "weight"}
     last = plan.residual_of(plan.shape.layers - 1)
+    closed = len(last.state_spec(len(SUBLAYERS) * plan.shape.layers))
     return [
         Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, **tied)),
         Part("embed", LayerSpec(Open, plan)),
@@ -90,7 +91,7 @@ def layer_specs(plan: ModelPlan, activation_checkpointing: bool = False) -> list
             Part(f"layers.{index:02d}", LayerSpec(Layer, plan, index, activation_checkpointing))
             for index in range(plan.shape.layers)
         ),
-        Part("head", LayerSpec(last.close_class, plan.shape, last.options)),
+        Part("head", LayerSpec(last.close_class, plan.shape, last.options, closed)),
         Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, forward_fn=hidden_states, **tied)),
     ]
 
@@ -136,14 +137,16 @@ def canonical_parameters(model: "GPT | PipelineModule", prefixes: list[str]) -> 
 
 
 def canonical_rules(model: "GPT | PipelineModule", prefixes: list[str], layers: int) -> dict[str, Rule]:
-    """The rule of every parameter by canonical name."""
+    """The rules that the modules declare, by canonical name; ``fill`` refuses a parameter without one."""
     rules = {}
     for path, module in model.named_modules():
         for local, _ in module.named_parameters(recurse=False):
             if path == "head":  # the tied matrix, whose rule is the embedding's
                 continue
             name = canonical_name(f"{path}.{local}", prefixes)
-            rules[name] = owned_rules(module, layers, name.removesuffix(f".{local}"))[local]
+            owned = owned_rules(module, layers, name.removesuffix(f".{local}"))
+            if local in owned:
+                rules[name] = owned[local]
     return rules
 
 

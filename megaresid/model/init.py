@@ -81,8 +81,12 @@ def owned_rules(module: nn.Module, layers: int, prefix: str) -> dict[str, Rule]:
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the canonical name alone."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(derived_seed(seed, name))
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A seed of 63 bits for one purpose of a run, unrelated to those for others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
 @torch.no_grad()

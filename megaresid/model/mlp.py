@@ -4,9 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, gelu
 
+from megaresid.attention.mixer import Side
 from megaresid.model.presets import ModelShape
-
-State = tuple[torch.Tensor, ...]
 
 
 class MLP(nn.Module):
@@ -19,7 +18,7 @@ class MLP(nn.Module):
         self.fc = nn.Linear(shape.width, 4 * shape.width)
         self.proj = nn.Linear(4 * shape.width, shape.width)
 
-    def forward(self, x: torch.Tensor, side: State) -> tuple[torch.Tensor, State]:
+    def forward(self, x: torch.Tensor, side: Side) -> tuple[torch.Tensor, Side]:
         """[B, T, C] -> [B, T, C]; ``side`` is passed on as it is."""
         y = self.proj(gelu(self.fc(x), approximate=self.approximate))
         return dropout(y, self.dropout, self.training), side

@@ -6,7 +6,7 @@ from megaresid.attention.mixer import MIXERS, Mixer
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, ResidualVariant
-from megaresid.spec import Component, Options, fingerprint, parse_pattern
+from megaresid.spec import Component, Options, Registry, fingerprint, parse_pattern
 
 
 class ModelPlan:
@@ -63,8 +63,8 @@ class ModelPlan:
             "shape": self.shape.model_dump(),
             "layers": [
                 {
-                    "attention": {"name": _name(cls), **options.model_dump()},
-                    "residual": {"name": _name(type(variant)), **variant.options.model_dump()},
+                    "attention": {"name": _name(MIXERS, cls), **options.model_dump()},
+                    "residual": {"name": _name(RESIDUALS, type(variant)), **variant.options.model_dump()},
                 }
                 for (cls, options), variant in zip(self._mixers, self._residuals)
             ],
@@ -76,6 +76,7 @@ class ModelPlan:
         return fingerprint(self.tree())
 
 
-def _name(cls: type) -> str:
-    """The registered name of a component, or the import path of a user's own class."""
-    return getattr(cls, "name", f"{cls.__module__}:{cls.__qualname__}")
+def _name(registry: Registry, cls: type) -> str:
+    """The registered name of a component, or the import path of a user's own class (which may inherit a name)."""
+    name = getattr(cls, "name", None)
+    return name if registry.classes().get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"

@@ -1,6 +1,7 @@
 """One place that every number of a run goes through: metrics.jsonl, TensorBoard, the user's monitors, the screen."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megaresid.monitoring.tensorboard import TensorBoard
-from megaresid.training.run_dir import SCHEMA
 
 Number = float | int | None
+SCHEMA = 1
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -53,12 +54,17 @@ class Recorder:
         self._progress.update(self._task, completed=step)
 
     def record(self, step: int, row: dict[str, Number]) -> None:
-        """Store one row of named numbers for ``step`` (None: not known, shown as n/a and kept out of the plots)."""
-        self._file.write(json.dumps({"schema": SCHEMA, "step": step, **row}) + "\n")
-        known = {name: value for name, value in row.items() if value is not None}
+        """Store one row of named numbers for ``step``; what is None or not finite is null, and in no plot."""
+        known = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
+        # JSON has no NaN and no infinity.
+        self._file.write(json.dumps({"schema": SCHEMA, "step": step, **dict.fromkeys(row), **known}) + "\n")
         self._tensorboard.scalars(known, step)
         if self._monitors is not None:
             self._monitors.write_events([(name, value, step) for name, value in known.items()])
+
+    def describe(self, name: str, text: str) -> None:
+        """A text for TensorBoard, such as the spec."""
+        self._tensorboard.text(name, text)
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)

@@ -19,12 +19,15 @@ class TensorBoard:
     """Writes scalars below ``folder``. After a resume, what an earlier attempt wrote past ``first_step`` is hidden."""
 
     def __init__(self, folder: Path, first_step: int):
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(GROUPS.get(name, f"other/{name}"), value, step)
         self._writer.flush()
+
+    def text(self, name: str, value: str) -> None:
+        self._writer.add_text(name, value)
 
     def close(self) -> None:
         self._writer.close()

@@ -62,17 +62,21 @@ class Site(nn.Module):
 
 
 class Close(nn.Module):
-    """Ends the stream: one tensor from the state, then the final norm."""
+    """Ends the stream: one tensor from the state, then the final norm.
 
-    def __init__(self, shape: ModelShape, options: Options):
+    ``state_length`` is how many of the tensors it is given are the state; the mixers' side channel comes after.
+    """
+
+    def __init__(self, shape: ModelShape, options: Options, state_length: int):
         super().__init__()
+        self.state_length = state_length
         self.norm = nn.LayerNorm(shape.width, eps=shape.norm_epsilon)
 
     def close(self, state: State) -> torch.Tensor:
         return state[0]
 
-    def forward(self, state: State) -> torch.Tensor:
-        return self.norm(self.close(state))
+    def forward(self, tensors: State) -> torch.Tensor:
+        return self.norm(self.close(tensors[: self.state_length]))
 
 
 class ResidualVariant:
@@ -100,7 +104,8 @@ class ResidualVariant:
         return self.site_class(self.shape, self.options, place)
 
     def state_spec(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes after [B, T] of the tensors that enter site ``index`` (of 2 x layers), in the state's order."""
+        """Shapes after [B, T] of the tensors that enter site ``index`` (from 0 to 2 x layers, where the stream is
+        closed), in the state's order."""
         return ((self.shape.width,),)
 
     def flops_per_token(self, place: Place) -> int:

@@ -7,11 +7,14 @@ option is an error, since one of the two would be ignored silently.
 
 import inspect
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -49,6 +52,12 @@ REFUSED = {
     "activation_checkpointing": "use --activation-checkpointing",
     "checkpoint": "checkpoints are this project's own: use --checkpoint-interval",
 }
+SECTIONS = ("optimizer", "zero_optimization", "bf16", "torch_autocast", "data_types", *MONITORS)
+AUTOCAST = ("enabled", "dtype", "lower_precision_safe_modules")
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+TORCH_OPTIMIZERS = ("Adam", "AdamW", "Adagrad")  # DeepSpeed's of these names take what torch's take, and these:
+FUSED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states", "set_grad_none")
+BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
 NEVER = 1 << 40  # DeepSpeed prints its own step line every this many steps
 
 
@@ -63,6 +72,13 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.micro * self.accumulation * self.ranks
+
+    def describe(self, context: int) -> str:
+        """One line that shows the product, for a context of so many tokens."""
+        return (
+            f"{self.micro} sequences x {self.accumulation} accumulation x {self.ranks} ranks = {self.sequences} "
+            f"sequences, {self.sequences * context:,} tokens per step"
+        )
 
 
 def plan_batch(config: RunConfig, ranks: int) -> Batch:
@@ -95,20 +111,21 @@ class DeepSpeedConfig:
     @property
     def autocast_dtype(self) -> str | None:
         """The dtype that matrix products run in where it is not fp32, e.g. ``bfloat16``."""
-        autocast = self.engine.get("torch_autocast", {})
-        if autocast.get("enabled"):
-            return autocast.get("dtype", "bfloat16").removeprefix("torch.")
-        return "bfloat16" if self.engine.get("bf16", {}).get("enabled") else None
+        sections = (self.engine.get(name, {}) for name in ("torch_autocast", "bf16"))
+        return "bfloat16" if any(section.get("enabled") for section in sections) else None
 
 
 def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     """Read ``path`` and fill what is "auto" or absent. Raises UserError naming the file, the key and the mend."""
     tree = _read(path)
+    tree.pop("schema", None)  # of a run's own ds_config.json
     for key in tree:
         if key in REFUSED:
             raise UserError(f"{path}: {key} is not supported here: {REFUSED[key]}")
         if key not in PASSED_ON + MONITORS:
             raise UserError(f"{path}: unknown key {key!r}: {suggestion(key, PASSED_ON + MONITORS)}")
+        if key in SECTIONS and not isinstance(tree[key], dict):
+            raise UserError(f"{path}: {key} is {tree[key]!r}: expected an object of keys and values")
     monitors = {key: tree.pop(key) for key in MONITORS if key in tree}
 
     def settle(section: dict, key: str, value: Any, option: str) -> None:
@@ -125,7 +142,7 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     zero = tree.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']}: it is 0, 1, 2 or 3")
-    _check_sections(path, tree)
+    _check_sections(path, tree, monitors)
     if tree.get("bf16", {}).get("enabled") and zero["stage"] == 0:
         raise UserError(f"{path}: bf16.enabled with ZeRO 0 has no fp32 weights: use torch_autocast, or stage 1 to 3")
     if config.execution.compile and zero["stage"] == 3:
@@ -135,10 +152,16 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
 
 
 def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None:
-    optimizer = tree.get("optimizer")
-    if not isinstance(optimizer, dict) or "type" not in optimizer:
+    optimizer = tree.get("optimizer", {})
+    if not isinstance(optimizer.get("type"), str):
         raise UserError(f'{path}: no optimizer is named: add "optimizer": {{"type": "AdamW", "params": {{}}}}')
+    _only(path, "optimizer", optimizer, ("type", "params", "legacy_fusion"))
+    known = {*DEEPSPEED_OPTIMIZERS, *(name for name in dir(torch.optim) if name[0].isupper())}
+    if optimizer["type"] not in known and optimizer["type"].lower() not in DEEPSPEED_OPTIMIZERS:
+        raise UserError(f"{path}: optimizer.type {optimizer['type']!r}: {suggestion(optimizer['type'], known)}")
     params = optimizer.setdefault("params", {})
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: optimizer.params is {params!r}: expected an object of keys and values")
     settle(params, "lr", config.optimizer.learning_rate, "--learning-rate")
     settle(params, "weight_decay", config.optimizer.weight_decay, "--weight-decay")
     if "betas" in params or "adam" in optimizer["type"].lower():
@@ -146,23 +169,39 @@ def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None
         settle(params, "betas", list(config.optimizer.betas), "--betas")
 
 
-def _check_sections(path: Path, tree: dict) -> None:
+def _check_sections(path: Path, tree: dict, monitors: dict) -> None:
     """Hold the sections against DeepSpeed's own models and the optimizer's own arguments, which would otherwise
     complain only once the ranks have started."""
-    for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+    models |= {name: field.annotation for name, field in DeepSpeedMonitorConfig.model_fields.items()}
+    for section, content in (tree | monitors).items():
+        if section not in models:
+            continue
+        model = models[section]
         try:
-            model(**tree.get(section, {}))
+            model(**content)
         except ValidationError as error:
             problem = error.errors()[0]
             key, known = str(problem["loc"][0]), model.model_fields
             what = problem["msg"] if key in known else f"unknown key: {suggestion(key, known)}"
             raise UserError(f"{path}: {section}.{key}: {what}") from None
-    optimizer = tree["optimizer"]
-    torch_class = getattr(torch.optim, optimizer["type"], None)
-    if torch_class and (optimizer["params"].get("torch_adam") or "adam" not in optimizer["type"].lower()):
-        known = {*inspect.signature(torch_class).parameters, "torch_adam", "adam_w_mode"} - {"params"}
-        for key in optimizer["params"].keys() - known:
-            raise UserError(f"{path}: optimizer.params.{key}: unknown to {optimizer['type']}: {suggestion(key, known)}")
+    _only(path, "data_types", tree.get("data_types", {}), DATA_TYPES)
+    autocast = tree.get("torch_autocast", {})
+    _only(path, "torch_autocast", autocast, AUTOCAST)
+    if autocast.get("enabled"):
+        if autocast.setdefault("dtype", "bfloat16") not in BFLOAT16:
+            raise UserError(f"{path}: torch_autocast.dtype is {autocast['dtype']!r}: only bfloat16 needs no loss scale")
+        autocast["dtype"] = "bfloat16"
+    kind, params = tree["optimizer"]["type"], tree["optimizer"]["params"]
+    if kind in TORCH_OPTIMIZERS or kind.lower() not in DEEPSPEED_OPTIMIZERS:
+        known = {*inspect.signature(getattr(torch.optim, kind)).parameters, *FUSED_ADAM} - {"params"}
+        _only(path, "optimizer.params", params, known)
+
+
+def _only(path: Path, section: str, content: dict, known: Iterable[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise UserError(f"{path}: {section}.{key}: unknown key: {suggestion(key, known)}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from megaresid.training.optimizer import parameter_groups, set_learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: this rank's mean loss (a tensor, so that nothing waits for the device), the norm of
-    the global gradient before clipping, and whether the update was skipped because that is not finite."""
+    """Of one optimizer step: this rank's mean loss (a tensor), the norm of the global gradient before clipping, and
+    whether the update was skipped because that is not finite."""
 
     loss: torch.Tensor
     gradient_norm: float
@@ -73,6 +73,7 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(gradients)
         if skip := not bool(torch.isfinite(norm)):
             self.deepspeed.zero_grad()
+            self.deepspeed.skipped_steps += 1
         return norm, skip
 
     @torch.no_grad()

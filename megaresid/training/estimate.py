@@ -42,8 +42,8 @@ def saved_activation_bytes(plan: ModelPlan, batch: Batch, recompute: bool, autoc
 
 
 def memory_per_rank(plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch) -> dict[str, int]:
-    """Bytes per rank by purpose. Exact for what ZeRO holds between steps; buffers of communication and of the
-    allocator come on top."""
+    """Bytes per rank by purpose, between steps: two states a parameter for the Adam family, one for any other
+    optimizer. Buffers of communication and of the allocator come on top."""
     shape, ranks, stage = plan.shape, batch.ranks, ds_config.stage
     parameters = sum(parameters_by_component(plan).values())
     parameters += (shape.padded_vocab_size - shape.vocab_size) * shape.width
@@ -77,10 +77,7 @@ def print_estimate(
 
     tokens_per_step = batch.sequences * plan.shape.context
     tokens = tokens_per_step * config.run.steps
-    console.print(
-        f"batch     {batch.micro} sequences x {batch.accumulation} accumulation x {batch.ranks} ranks = "
-        f"{batch.sequences} sequences, {tokens_per_step:,} tokens per step"
-    )
+    console.print(f"batch     {batch.describe(plan.shape.context)}")
     console.print(
         f"run       {config.run.steps:,} steps, {tokens:,} tokens ({tokens / training_tokens:.2f} epochs of "
         f"{training_tokens:,}), {training_flops_per_token(plan) * tokens:.3g} FLOPs"

@@ -59,10 +59,11 @@ def train(
     if course.first == 0:
         with clock:
             _evaluate(engine, 0, None, course, hooks, recorder)
-    logged_step, logged_seconds, saved = course.first, clock.seconds(), course.first
+    logged_step, logged_seconds, skipped = course.first, clock.seconds(), 0
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
         result = engine.train_step(micro_batches, rate)
+        skipped += result.skipped
         done = step + 1
         last = done == course.steps
         if recorder:
@@ -72,16 +73,16 @@ def train(
             elapsed = clock.seconds() - logged_seconds
             if recorder:
                 row = _row(result, loss, rate, (done - logged_step) * course.tokens_per_step / elapsed, course, engine)
-                row |= {"tokens": done * course.tokens_per_step, "training_seconds": clock.seconds()}
+                row |= {"skipped_steps": skipped, "tokens": done * course.tokens_per_step}
+                row |= {"training_seconds": clock.seconds()}
                 recorder.record(done, row)
                 recorder.progress_line(done, row)
             logged_step, logged_seconds = done, clock.seconds()
             with clock:
                 _evaluate(engine, done, loss, course, hooks, recorder)
-        if _due(intervals.checkpoint_interval, done, last) and saved != done:
+        if _due(intervals.checkpoint_interval, done, last):
             with clock:
                 save(done)
-            saved = done
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
@@ -100,7 +101,6 @@ def _row(result: StepResult, loss: float, rate: float, speed: float, course: Cou
         "train_loss": loss,
         "learning_rate": rate,
         "gradient_norm": result.gradient_norm,
-        "skipped": int(result.skipped),
         "tokens_per_second": speed,
         "mfu": course.flops_per_token * speed / course.peak_flops if course.peak_flops else None,
         "memory_bytes": peak_memory_bytes(engine.device),

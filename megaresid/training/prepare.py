@@ -92,11 +92,15 @@ def _check_saved(prepared: Prepared) -> None:
                     f"--resume {path}: its {key} is {header.identity.get(key)}, this run's is {value}: resume with "
                     "what it was started with, or start anew from its weights by --init-from"
                 )
-        newest = find_checkpoint(prepared.config.run.run_dir) if prepared.config.run.run_dir.exists() else None
-        if newest and path.resolve().parent == newest.resolve().parent and path.resolve() != newest.resolve():
+        run = prepared.config.run
+        newest = find_checkpoint(run.run_dir) if run.run_dir.exists() else None
+        if newest and path.resolve() != newest.resolve():
             raise UserError(
-                f"--resume {path}: this run went on to {newest.name}: resume with auto, or give another --run-dir"
+                f"--resume {path}: --run-dir {run.run_dir} has gone on to {newest.name} of its own: resume with auto, "
+                "or give another --run-dir"
             )
+        if header.step > run.steps:
+            raise UserError(f"--resume {path}: it is of step {header.step}, past --steps {run.steps}: give more steps")
     with torch.device("meta"):
         model = GPT(prepared.plan)
     shapes = {name: list(p.shape) for name, p in canonical_parameters(model, model.prefixes).items()}

@@ -1,6 +1,9 @@
 """A checked run, carried out: join the ranks, build, restore, train."""
 
-from pathlib import Path
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -15,6 +18,7 @@ from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation
 from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
+from megaresid.model.init import derived_seed
 from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
 from megaresid.training.checkpoint import copy_parameters, load_checkpoint, read_parameters, save_checkpoint
@@ -24,6 +28,8 @@ from megaresid.training.prepare import Prepared
 from megaresid.training.run_dir import RunDirectory, environment
 from megaresid.training.schedule import learning_rate
 
+T = TypeVar("T")
+
 
 def execute(prepared: Prepared) -> None:
     """Join the ranks, build, restore if asked, train. Called by every rank."""
@@ -31,17 +37,15 @@ def execute(prepared: Prepared) -> None:
     compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
     rank = torch.distributed.get_rank()
-    directory = _agree(lambda: RunDirectory(config.run.run_dir), rank)
+    directory = _on_rank_0(lambda: RunDirectory(config.run.run_dir))
     engine = Engine(plan, config, prepared.ds_config, batch)
-    torch.manual_seed(config.run.seed * 1_000_003 + rank)  # dropout: one stream a rank
+    torch.manual_seed(derived_seed(config.run.seed, f"dropout of rank {rank}"))
     first = _restore(engine, prepared)
-    if rank == 0:
-        directory.keep_metrics_until(first)
-        _describe(directory, prepared)
 
     shape = plan.shape
-    sampler = Sampler(windows(len(prepared.training), shape.context), config.run.seed)
-    peak = peak_flops(engine.device)
+    peak = None
+    if engine.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(engine.device), prepared.ds_config.autocast_dtype)
     course = Course(
         first=first,
         steps=config.run.steps,
@@ -57,18 +61,15 @@ def execute(prepared: Prepared) -> None:
             engine.parameters,
             config.run.run_dir / "checkpoints",
             step=step,
-            counters={"tokens": step * course.tokens_per_step},
+            counters={},
             identity=prepared.identity,
             keep=config.interval.keep_checkpoints or None,
         )
 
-    recorder = None
-    if rank == 0:
-        monitors = MonitorMaster(get_monitor_config(prepared.ds_config.monitors)) if prepared.ds_config.monitors else None
-        recorder = Recorder(config.run.run_dir, first, config.run.steps, monitors)
+    recorder = _on_rank_0(lambda: _start_record(directory, prepared, course))
     loader = Loader(
         prepared.training,
-        sampler,
+        Sampler(windows(len(prepared.training), shape.context), config.run.seed),
         context=shape.context,
         global_batch=batch.sequences,
         micro_batch=batch.micro,
@@ -79,34 +80,11 @@ def execute(prepared: Prepared) -> None:
         last_step=config.run.steps,
         pin=engine.device.type == "cuda",
     )
-    if recorder:
-        _announce(recorder, prepared, course)
-    with loader, recorder or _Nothing():
+    with loader, recorder or nullcontext():
         train(engine, iter(loader), course, config.interval, _hooks(prepared, rank), save, recorder)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
     torch.distributed.destroy_process_group()
-
-
-def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
-    """The lines before the first step: what is trained, on what, and from where."""
-    plan, batch, ds = prepared.plan, prepared.batch, prepared.ds_config
-    parameters = sum(parameters_by_component(plan).values())
-    recorder.say(f"model     {prepared.config.model.model}, {parameters:,} parameters, spec {plan.hash[:12]}")
-    recorder.say(
-        f"batch     {batch.micro} sequences x {batch.accumulation} accumulation x {batch.ranks} ranks = "
-        f"{course.tokens_per_step:,} tokens per step"
-    )
-    recorder.say(
-        f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
-        f"{torch.get_num_threads()} threads per rank"
-    )
-    recorder.say(
-        f"data      {len(prepared.training):,} training and {_length(prepared.validation):,} validation tokens, "
-        f"identity {prepared.manifest.identity[:12]}"
-    )
-    start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
-    recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
 
 
 def _hooks(prepared: Prepared, rank: int) -> list[Hook]:
@@ -125,35 +103,62 @@ def _hooks(prepared: Prepared, rank: int) -> list[Hook]:
     return [Hook("validation", interval.validation_interval, validation)]
 
 
-class _Nothing:
-    """Stands for the recorder on the ranks that have none."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_) -> None: ...
-
-
-def _agree(make, rank: int):
-    """Let rank 0 make something that can fail by the user's mistake, and tell all ranks whether it did."""
-    made, problem = None, [None]
-    if rank == 0:
+def _on_rank_0(make: Callable[[], T]) -> T | None:
+    """What ``make`` makes on rank 0, None elsewhere. Where it fails there, no rank is left waiting for it."""
+    made, failure = None, None
+    if torch.distributed.get_rank() == 0:
         try:
             made = make()
-        except UserError as error:
-            problem = [str(error)]
+        except Exception as error:
+            failure = UserError(f"{error.filename}: {error.strerror}") if isinstance(error, OSError) else error
+    problem = [None if failure is None else str(failure)]
     torch.distributed.broadcast_object_list(problem, src=0)
+    if failure is not None:
+        raise failure
     if problem[0] is not None:
         raise UserError(problem[0])
     return made
 
 
 def _restore(engine: Engine, prepared: Prepared) -> int:
-    """Load what was asked for; the step to go on from."""
-    if prepared.weights:
-        copy_parameters(engine.deepspeed, engine.parameters, read_parameters(prepared.weights))
-    if not prepared.resume:
-        return 0
-    return load_checkpoint(engine.deepspeed, engine.parameters, prepared.resume).step
+    """Load what was asked for; the step to go on from. Every rank loads what rank 0 found: on a shared disk a listing
+    can be older on one machine than on another."""
+    found = [(prepared.resume, prepared.weights)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    resume, weights = found[0]
+    if weights:
+        copy_parameters(engine.deepspeed, engine.parameters, read_parameters(weights))
+    return load_checkpoint(engine.deepspeed, engine.parameters, resume).step if resume else 0
+
+
+def _start_record(directory: RunDirectory, prepared: Prepared, course: Course) -> Recorder:
+    """Describe the run in its directory, on the screen and in TensorBoard."""
+    directory.keep_metrics_until(course.first)
+    _describe(directory, prepared)
+    monitors = prepared.ds_config.monitors
+    monitors = MonitorMaster(get_monitor_config(monitors)) if monitors else None
+    recorder = Recorder(directory.path, course.first, course.steps, monitors)
+    recorder.describe("spec", f"{prepared.plan.hash}\n\n    {json.dumps(prepared.plan.tree())}")
+    _announce(recorder, prepared, course)
+    return recorder
+
+
+def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
+    """The lines before the first step: what is trained, on what, and from where."""
+    plan, batch, ds = prepared.plan, prepared.batch, prepared.ds_config
+    parameters = sum(parameters_by_component(plan).values())
+    recorder.say(f"model     {prepared.config.model.model}, {parameters:,} parameters, spec {plan.hash[:12]}")
+    recorder.say(f"batch     {batch.describe(plan.shape.context)}")
+    recorder.say(
+        f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
+        f"{torch.get_num_threads()} threads per rank"
+    )
+    recorder.say(
+        f"data      {len(prepared.training):,} training and {_length(prepared.validation):,} validation tokens, "
+        f"identity {prepared.manifest.identity[:12]}"
+    )
+    start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
+    recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
 
 
 def _describe(directory: RunDirectory, prepared: Prepared) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from megaresid.errors import UserError
 
 SCHEMA = 1
+LOCK = ".lock"
 PACKAGES = ("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "numpy", "tiktoken", "tensorboard")
 
 
@@ -20,7 +21,8 @@ def check_usable(path: Path, resuming: bool) -> None:
     """Raises UserError when ``path`` holds something that a new run would overwrite. Writes nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file: name a folder")
-    if path.exists() and any(path.iterdir()):
+    # A lock alone is what a start leaves that failed before anything was written.
+    if path.exists() and any(file.name != LOCK for file in path.iterdir()):
         if not resuming:
             raise UserError(f"--run-dir {path} is in use: choose another, or go on with it by --resume auto")
         if not (path / "config.json").is_file():
@@ -33,10 +35,10 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / ".lock", "w")
+        self._lock = open(path / LOCK, "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--run-dir {path} is in use by another process: wait for it, or choose another") from None
 
     def write(self, name: str, tree: dict[str, Any]) -> None:
@@ -47,7 +49,8 @@ class RunDirectory:
         """Drop the rows of ``metrics.jsonl`` after ``step``: a resumed run writes those steps again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+            # At step 0 nothing is resumed: the validation before the first step is measured again.
+            rows = [row for row in read_metrics(self.path) if 0 < step >= row["step"]]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(text)

@@ -116,8 +116,6 @@ def test_dropout_acts_in_training_alone():
 class Remembering(Softmax):
     """A user's mixer: from layer 1 on it adds what layer 0 shared over the side channel."""
 
-    name = "remembering"
-
     def forward(self, x, side):
         y, _ = super().forward(x, side)
         return (y, (y,)) if not side else (y + side[0], side)
@@ -126,11 +124,15 @@ class Remembering(Softmax):
 def test_a_users_mixer_is_named_by_its_import_path_and_shares_over_depth(monkeypatch):
     module = types.ModuleType("my_mixers")
     module.Remembering = Remembering
+    monkeypatch.setattr(Remembering, "__module__", "my_mixers")
     monkeypatch.setitem(sys.modules, "my_mixers", module)
     plan = ModelPlan(SHAPE, attention="my_mixers:Remembering")
+    assert plan.tree()["layers"][0]["attention"] == {"name": "my_mixers:Remembering"}
     assert plan.hash != ModelPlan(SHAPE).hash
     model = away_from_initialisation(build(plan, seed=0))
     vanilla = model_of()
+    closed = []
+    monkeypatch.setattr(model.parts[-1], "close", lambda state: closed.append(len(state)) or state[0])
     inputs = []
     for layer in range(SHAPE.layers):
         model.parts[2 + layer].register_forward_hook(lambda module, given, output: inputs.append(output))
@@ -138,6 +140,7 @@ def test_a_users_mixer_is_named_by_its_import_path_and_shares_over_depth(monkeyp
     model.parts[2].attention.register_forward_hook(lambda module, given, output: shared.append(output[0]))
     logits = model(IDX[:, :-1])[0]
     assert [len(output) for output in inputs] == [2, 2, 2] and torch.equal(inputs[2][1], shared[0])
+    assert closed == [1], "the side channel reached the end of the stream as state"
     assert not torch.allclose(logits, vanilla(IDX[:, :-1])[0])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaresid.model.flops import forward_flops_per_token, training_flops_per_token
+from megaresid.model.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from megaresid.model.gpt import build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import PRESETS, ModelShape
@@ -29,3 +29,21 @@ def test_training_costs_three_forwards():
     weights = 24 * 12 * 1024**2 + 1024 * 50257
     attention = 24 * 4 * 1024 * 1025 / 2
     assert training_flops_per_token(ModelPlan(PRESETS["gpt2-medium"])) == pytest.approx(3 * (2 * weights + attention))
+
+
+@pytest.mark.parametrize(
+    "name, dtype, peak",
+    [
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA H200", None, None),
+        ("NVIDIA H200 MIG 1g.18gb", "bfloat16", None),
+        ("NVIDIA GH200 480GB", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", None),
+    ],
+)
+def test_a_peak_is_known_or_not_given(name, dtype, peak):
+    """NVIDIA's data sheets, dense bf16."""
+    assert peak_flops(name, dtype) == peak

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from megaresid.attention.softmax import Softmax
 from megaresid.config import OptimizerOptions
 from megaresid.model.gpt import build, canonical_name, canonical_parameters, canonical_rules
 from megaresid.model.init import Constant, Normal, Rule, fill, generator_for
@@ -66,6 +67,19 @@ def test_initial_values_depend_on_seed_and_name_alone(model):
     assert not torch.equal(theirs[name], canonical_parameters(other, other.prefixes)[name])
     first, second = (torch.rand(4, generator=generator_for(5, name)) for name in ("a", "b"))
     assert not torch.equal(first, second)
+
+
+class Undeclared(Softmax):
+    """A mixer whose author forgot to say how its gate starts."""
+
+    def __init__(self, shape, options, layer):
+        super().__init__(shape, options, layer)
+        self.gate = nn.Parameter(torch.empty(1))
+
+
+def test_a_component_that_declares_no_initial_value_is_refused():
+    with pytest.raises(KeyError, match="no initial value is declared for: layers.00.attention.gate, layers.01"):
+        build(ModelPlan(SHAPE, attention=f"{__name__}:Undeclared"), seed=0)
 
 
 def test_a_parameter_without_a_rule_is_refused():

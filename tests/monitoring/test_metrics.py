@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,6 +57,24 @@ def test_a_resumed_run_replaces_the_rows_after_its_checkpoint(tmp_path):
         recorder.record(20, {"train_loss": 0.0})
     assert [(row["step"], row["train_loss"]) for row in read_metrics(tmp_path)] == [(10, 10.0), (20, 0.0)]
     assert scalars(tmp_path / "tensorboard")["loss/train"] == [(10, 10.0), (20, 0.0)]
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_in_no_plot(tmp_path):
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.record(10, {"train_loss": float("nan"), "gradient_norm": float("inf"), "learning_rate": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["train_loss"] is None
+    assert scalars(tmp_path / "tensorboard") == {"optimizer/learning_rate": [(10, 1.0)]}
+
+
+def test_a_run_that_begins_anew_in_its_directory_hides_the_first_attempt(tmp_path):
+    """Killed before its first checkpoint, and started again with --resume auto."""
+    for attempt in (1.0, 2.0):
+        RunDirectory(tmp_path).keep_metrics_until(0)
+        with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+            recorder.record(0, {"val_loss": attempt})
+            recorder.record(10, {"val_loss": attempt})
+    assert [row["val_loss"] for row in read_metrics(tmp_path)] == [2.0, 2.0]
+    assert scalars(tmp_path / "tensorboard")["loss/validation"] == [(0, 2.0), (10, 2.0)]
 
 
 def test_every_line_of_the_file_is_json_at_once(tmp_path):

@@ -36,6 +36,18 @@ def test_values_that_agree_with_the_options_are_kept(tmp_path):
     assert resolved(tmp_path, tree).engine["optimizer"]["params"] == params
 
 
+@pytest.mark.parametrize("dtype", [{}, {"dtype": "bf16"}, {"dtype": "torch.bfloat16"}])
+def test_every_spelling_of_bfloat16_is_one(tmp_path, dtype):
+    """Without a dtype DeepSpeed would take the device's default, which is float16 on a GPU."""
+    found = resolved(tmp_path, {"optimizer": ADAMW, "torch_autocast": {"enabled": True, **dtype}})
+    assert found.engine["torch_autocast"]["dtype"] == found.autocast_dtype == "bfloat16"
+
+
+def test_what_a_run_has_written_is_read_again(tmp_path):
+    once = resolved(tmp_path, {"optimizer": ADAMW, "csv_monitor": {"enabled": True}})
+    assert resolved(tmp_path, {"schema": 1, **once.engine, **once.monitors}) == once
+
+
 def test_sgd_is_given_no_betas(tmp_path):
     assert "betas" not in resolved(tmp_path, {"optimizer": {"type": "SGD"}}).engine["optimizer"]["params"]
 
@@ -55,7 +67,16 @@ def test_sgd_is_given_no_betas(tmp_path):
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag: unknown key: did you mean 'stage'"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be"),
-        ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "momentun: unknown to SGD: did you mean 'momentum'"),
+        ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "momentun: unknown key: did you mean 'momentum'"),
+        ({"optimizer": {"type": "AdmW"}}, "optimizer.type 'AdmW': did you mean 'AdamW'"),
+        ({"optimizer": {"type": "AdamW", "parms": {}}}, "optimizer.parms: unknown key: did you mean 'params'"),
+        ({"optimizer": {"type": "AdamW", "params": {"esp": 1e-8}}}, "params.esp: unknown key: did you mean 'eps'"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None"),
+        ({"zero_optimization": 1}, "zero_optimization is 1: expected an object"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype is 'float16'"),
+        ({"torch_autocast": {"enable": True}}, "torch_autocast.enable: unknown key: did you mean 'enabled'"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'"),
+        ({"tensorboard": {"enable": True}}, "tensorboard.enable: unknown key: did you mean 'enabled'"),
         ({"bf16": {"enabled": True}}, "bf16.enabled with ZeRO 0 has no fp32 weights"),
     ],
 )

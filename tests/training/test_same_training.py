@@ -98,3 +98,27 @@ def test_the_compiled_model_trains_the_same(stage, ranks2, tmp_path):
         for (loss, norm), (expected_loss, expected_norm) in zip(found, definition("adamw"), strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def poisoned(stage: int, folder: str) -> tuple[list[bool], list[float], bool, int]:
+    """Runs on every rank: three steps, the second with gradients that are not finite."""
+    config = configuration(micro_batch_size=4)
+    engine = start_engine(config, {"optimizer": ADAMW, "zero_optimization": {"stage": stage}}, folder)
+    source = micro_batches(config, engine.batch, torch.distributed.get_rank())
+    backward, results, losses = engine.deepspeed.backward, [], []
+    probe = next(iter(micro_batches(config, engine.batch, 0)))
+    for step in range(3):
+        engine.deepspeed.backward = (lambda loss: backward(loss * float("inf"))) if step == 1 else backward
+        results.append(engine.train_step(source, 1e-2))
+        losses.append(engine.loss(*probe).item())
+    count = engine.deepspeed.skipped_steps
+    engine.deepspeed.destroy()
+    finite = [math.isfinite(result.gradient_norm) for result in results]
+    return [result.skipped for result in results], losses, finite[0] and finite[2], count
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_update_that_is_not_finite_is_skipped_and_counted_on_all_ranks(stage, ranks2, tmp_path):
+    for skipped, losses, finite, count in ranks2.run(poisoned, stage, str(tmp_path)):
+        assert skipped == [False, True, False] and count == 1 and finite
+        assert losses[1] == losses[0] and losses[2] != losses[1] and math.isfinite(losses[2])
