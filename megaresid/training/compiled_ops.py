@@ -8,6 +8,7 @@ waits for it for ever, silently.
 import fcntl
 import importlib.metadata
 import os
+import shlex
 import sys
 import sysconfig
 import time
@@ -37,7 +38,16 @@ def use_environment_folder() -> Path:
             versions = f"py{sys.version_info.major}{sys.version_info.minor}-torch{importlib.metadata.version('torch')}"
             folder = cache / "megaresid" / "torch_extensions" / versions
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    _quote_library_folder()
     return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+
+def _quote_library_folder() -> None:
+    """PyTorch hands its library folder to the linker unquoted: with a space in its path nothing would link."""
+    import torch
+    from torch.utils import cpp_extension
+
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from megaresid.errors import UserError
 from megaresid.model.gpt import build, canonical_parameters, canonical_rules
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
+from megaresid.training.machine import ranks_on_this_machine
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
 
 
@@ -112,6 +113,4 @@ def _threads() -> int:
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is not None and not (chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return int(chosen)
-    environ = os.environ
-    ranks_here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ["WORLD_SIZE"]
-    return max(1, len(os.sched_getaffinity(0)) // int(ranks_here))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_machine())

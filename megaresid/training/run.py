@@ -21,7 +21,7 @@ from megaresid.model.flops import peak_flops, training_flops_per_token
 from megaresid.model.init import derived_seed
 from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
-from megaresid.training.checkpoint import copy_parameters, load_checkpoint, read_parameters, save_checkpoint
+from megaresid.training.checkpoint import copy_parameters, load_checkpoint, save_checkpoint
 from megaresid.training.engine import Engine, start_process_group
 from megaresid.training.loop import Course, train
 from megaresid.training.prepare import Prepared
@@ -127,7 +127,7 @@ def _restore(engine: Engine, prepared: Prepared) -> int:
     torch.distributed.broadcast_object_list(found, src=0)
     resume, weights = found[0]
     if weights:
-        copy_parameters(engine.deepspeed, engine.parameters, read_parameters(weights))
+        copy_parameters(engine.deepspeed, engine.parameters, weights)
     return load_checkpoint(engine.deepspeed, engine.parameters, resume).step if resume else 0
 
 

@@ -1,9 +1,5 @@
 """N steps, stop, M steps equal N + M steps, bit for bit."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,6 @@ from gpt_runs import ADAMW, FUSED_ADAMW, SGD, configuration, micro_batches, star
 
 from megaresid.evaluation.validation import Validation
 from megaresid.training.checkpoint import load_checkpoint, read_parameters, save_checkpoint
-from megaresid.training.run_dir import read_metrics
 from megaresid.training.schedule import learning_rate
 
 STOP, END = 3, 7
@@ -100,47 +95,3 @@ def test_evaluation_changes_nothing_of_the_training_that_follows(ranks2, tmp_pat
     """ZeRO-3, where an evaluation gathers and frees every parameter; 12 windows do not divide by 2 x 5."""
     for without, with_evaluation in ranks2.run(evaluated_and_not, str(tmp_path)):
         assert without == with_evaluation
-
-
-def launch(folder: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29613"]
-    command += ["--module", "megaresid.train", "--deepspeed_config", str(folder / "ds.json"), "--data", str(folder / "data")]
-    command += ["--model", "tiny", "--layers", "2", "--width", "32", "--context", "32", "--dropout", "0.1"]
-    command += ["--global-batch-size", "8", "--micro-batch-size", "2", "--learning-rate", "1e-3", "--steps", str(END)]
-    command += ["--log-interval", "1", "--validation-interval", "2", "--checkpoint-interval", str(STOP)]
-    command += ["--keep-checkpoints", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_whole_command_resumes_bitwise_under_the_launcher(tmp_path):
-    from data_prep.__main__ import main as data_prep
-
-    text = tmp_path / "text.jsonl"
-    rows = [json.dumps({"text": f"Line {n} of a text about the number {n * n}, and of others. " * 9}) for n in range(80)]
-    text.write_text("\n".join(rows))
-    data_prep(["--source", "jsonl", "--input", str(text), "--out", str(tmp_path / "data"), "--validation-fraction", "0.2"])
-    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": ADAMW, "zero_optimization": {"stage": 2}}))
-
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    said = launch(tmp_path, "--run-dir", str(whole))
-    assert "TRAIN_METRICS: step=7, train_loss=" in said
-    launch(tmp_path, "--run-dir", str(resumed), "--resume", str(whole / "checkpoints" / f"step_{STOP:08d}"))
-
-    names = ("step", "train_loss", "val_loss", "gradient_norm", "learning_rate", "tokens")
-    expected = [[row.get(name) for name in names] for row in read_metrics(whole) if row["step"] > STOP]
-    found = [[row.get(name) for name in names] for row in read_metrics(resumed)]
-    assert found == expected and len(found) == 4 + 3  # four steps, validations after 4, 6 and 7
-    ends = [read_parameters(run / "checkpoints" / f"step_{END:08d}") for run in (whole, resumed)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] | ends[1])
-
-    launch(tmp_path, "--run-dir", str(tmp_path / "begun"), "--init-from", str(whole), "--seed", "8", "--dropout", "0")
-    begun = read_metrics(tmp_path / "begun")
-    last = [row["val_loss"] for row in read_metrics(whole) if "val_loss" in row][-1]
-    assert begun[0]["step"] == 0 and begun[0]["val_loss"] == last, "the weights are not those that the run ended with"
-    assert begun[1]["step"] == 1 and begun[1]["train_loss"] != read_metrics(whole)[1]["train_loss"]
-
-    for name in ("config.json", "ds_config.json", "spec.json", "environment.json", "data.json"):
-        assert json.loads((whole / name).read_text())["schema"] == 1
