@@ -1,6 +1,7 @@
 """Stale locks of compiled operators: removed when the builder is gone, never while one is at work."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,19 @@ def test_the_environments_own_ninja_is_the_one_that_builds(monkeypatch, tmp_path
     use_environment_folder()
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
     assert os.environ["PATH"] == os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])
+
+
+def test_an_environment_at_a_path_with_spaces_links(monkeypatch, tmp_path):
+    """What PyTorch gives the linker, -L and this constant, is one word to the shell."""
+    import torch
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "check out/torch/__init__.py"))
+    use_environment_folder()
+    use_environment_folder()
+    assert shlex.split(f"-L{cpp_extension.TORCH_LIB_PATH}") == [f"-L{tmp_path}/check out/torch/lib"]
 
 
 def test_a_folder_that_is_set_is_kept(monkeypatch, tmp_path):
