@@ -201,7 +201,7 @@ def parse(arguments: list[str]) -> RunConfig:
             raise UserError(f"--preset {preset}: {suggestion(preset, RUN_PRESETS)}")
         base = from_flat(RUN_PRESETS[preset], f"preset {preset}")
     if path := taken["--config"]:
-        base = from_flat(_read_json(Path(path)), path, base)
+        base = from_flat(read_object(Path(path), "--config"), path, base)
     config, unknown = tyro.cli(
         tyro.conf.OmitArgPrefixes[RunConfig],
         args=arguments,
@@ -234,15 +234,16 @@ def _take(arguments: list[str], *names: str) -> tuple[list[str], dict[str, str |
     return rest, taken
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path, option: str) -> dict[str, Any]:
+    """The object in a JSON file that ``option`` names, without its schema version; raises UserError."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"{option} {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"--config {path}: not JSON: {error}") from None
+        raise UserError(f"{option} {path}: not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected an object of keys and values")
+        raise UserError(f"{option} {path}: expected an object of keys and values")
     values.pop("schema", None)
     return values
 

@@ -12,6 +12,9 @@ GROUPS = {
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "memory_bytes": "memory/peak_bytes",
+    "skipped_steps": "optimizer/skipped_steps",
+    "tokens": "progress/tokens",
+    "training_seconds": "progress/training_seconds",
 }
 
 

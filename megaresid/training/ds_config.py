@@ -6,7 +6,6 @@ option is an error, since one of the two would be ignored silently.
 """
 
 import inspect
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from megaresid.config import RunConfig
+from megaresid.config import RunConfig, read_object
 from megaresid.errors import UserError, suggestion
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -117,8 +116,7 @@ class DeepSpeedConfig:
 
 def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     """Read ``path`` and fill what is "auto" or absent. Raises UserError naming the file, the key and the mend."""
-    tree = _read(path)
-    tree.pop("schema", None)  # of a run's own ds_config.json
+    tree = read_object(path, "--deepspeed-config")
     for key in tree:
         if key in REFUSED:
             raise UserError(f"{path}: {key} is not supported here: {REFUSED[key]}")
@@ -202,15 +200,3 @@ def _only(path: Path, section: str, content: dict, known: Iterable[str]) -> None
     for key in content:
         if key not in known:
             raise UserError(f"{path}: {section}.{key}: unknown key: {suggestion(key, known)}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--deepspeed-config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed-config {path}: not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--deepspeed-config {path}: expected an object of keys and values")
-    return tree
