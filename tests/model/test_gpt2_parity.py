@@ -12,8 +12,34 @@ from megaresid.model.presets import PRESETS, ModelShape
 SHAPE = ModelShape(layers=3, heads=4, width=64, context=48, vocab_size=211)
 
 
+def in_hugging_faces_layout(tensors: dict[str, torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
+    """Weights, or their gradients, under its names: Conv1D stores [in, out], and q, k, v lie side by side."""
+    state = {
+        "transformer.wte.weight": tensors["embed.tokens.weight"][: shape.vocab_size],
+        "transformer.wpe.weight": tensors["embed.positions.weight"],
+        "transformer.ln_f.weight": tensors["head.norm.weight"],
+        "transformer.ln_f.bias": tensors["head.norm.bias"],
+    }
+    for layer in range(shape.layers):
+        ours, theirs = f"layers.{layer:02d}", f"transformer.h.{layer}"
+        for kind, norm in (("attention", "ln_1"), ("mlp", "ln_2")):
+            for what in ("weight", "bias"):
+                state[f"{theirs}.{norm}.{what}"] = tensors[f"{ours}.{kind}.site.norm.{what}"]
+        qkv = [f"{ours}.attention.{x}_proj" for x in "qkv"]
+        state[f"{theirs}.attn.c_attn.weight"] = torch.cat([tensors[f"{x}.weight"].T for x in qkv], dim=1)
+        state[f"{theirs}.attn.c_attn.bias"] = torch.cat([tensors[f"{x}.bias"] for x in qkv])
+        for one, other in (
+            ("attention.o_proj", "attn.c_proj"),
+            ("mlp.fc", "mlp.c_fc"),
+            ("mlp.proj", "mlp.c_proj"),
+        ):
+            state[f"{theirs}.{other}.weight"] = tensors[f"{ours}.{one}.weight"].T
+            state[f"{theirs}.{other}.bias"] = tensors[f"{ours}.{one}.bias"]
+    return state
+
+
 def hugging_face_twin(parameters: dict[str, torch.Tensor], shape: ModelShape) -> GPT2LMHeadModel:
-    """GPT2LMHeadModel with our weights: Conv1D stores [in, out], and q, k, v lie side by side."""
+    """GPT2LMHeadModel with our weights."""
     activation = {"gelu_tanh": "gelu_new", "gelu": "gelu"}[shape.activation]
     config = GPT2Config(
         vocab_size=shape.vocab_size,
@@ -27,28 +53,7 @@ def hugging_face_twin(parameters: dict[str, torch.Tensor], shape: ModelShape) ->
         attn_pdrop=0.0,
     )
     twin = GPT2LMHeadModel(config).double()
-    state = {
-        "transformer.wte.weight": parameters["embed.tokens.weight"][: shape.vocab_size],
-        "transformer.wpe.weight": parameters["embed.positions.weight"],
-        "transformer.ln_f.weight": parameters["head.norm.weight"],
-        "transformer.ln_f.bias": parameters["head.norm.bias"],
-    }
-    for layer in range(shape.layers):
-        ours, theirs = f"layers.{layer:02d}", f"transformer.h.{layer}"
-        for kind, norm in (("attention", "ln_1"), ("mlp", "ln_2")):
-            for what in ("weight", "bias"):
-                state[f"{theirs}.{norm}.{what}"] = parameters[f"{ours}.{kind}.site.norm.{what}"]
-        qkv = [f"{ours}.attention.{x}_proj" for x in "qkv"]
-        state[f"{theirs}.attn.c_attn.weight"] = torch.cat([parameters[f"{x}.weight"].T for x in qkv], dim=1)
-        state[f"{theirs}.attn.c_attn.bias"] = torch.cat([parameters[f"{x}.bias"] for x in qkv])
-        for one, other in (
-            ("attention.o_proj", "attn.c_proj"),
-            ("mlp.fc", "mlp.c_fc"),
-            ("mlp.proj", "mlp.c_proj"),
-        ):
-            state[f"{theirs}.{other}.weight"] = parameters[f"{ours}.{one}.weight"].T
-            state[f"{theirs}.{other}.bias"] = parameters[f"{ours}.{one}.bias"]
-    missing, unexpected = twin.load_state_dict(state, strict=False)
+    missing, unexpected = twin.load_state_dict(in_hugging_faces_layout(parameters, shape), strict=False)
     assert not unexpected and missing == ["lm_head.weight"]
     return twin.eval()
 
@@ -85,12 +90,13 @@ def test_logits_loss_and_gradients_equal_hugging_face(activation):
     assert abs(loss - expected_loss) < 1e-10
     loss.backward()
     expected_loss.backward()
-    ours, theirs = parameters["embed.tokens.weight"].grad, twin.transformer.wte.weight.grad
-    assert (ours[: shape.vocab_size] - theirs).abs().max() < 1e-10
-    assert ours[shape.vocab_size :].abs().max() == 0
-    ours = parameters["layers.00.attention.k_proj.weight"].grad
-    theirs = twin.transformer.h[0].attn.c_attn.weight.grad[:, shape.width : 2 * shape.width].T
-    assert (ours - theirs).abs().max() < 1e-10
+    gradients = {name: p.grad for name, p in parameters.items()}
+    assert gradients["embed.tokens.weight"][shape.vocab_size :].abs().max() == 0
+    theirs = dict(twin.named_parameters())
+    ours = in_hugging_faces_layout(gradients, shape)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name].grad).abs().max() < 1e-10, name
 
     logits, expected = model.float()(idx)[0], twin.float()(idx).logits
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
