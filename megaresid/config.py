@@ -6,6 +6,7 @@ Every key has one name everywhere: ``--learning-rate`` on the command line is ``
 import json
 import os
 import sys
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,8 +209,8 @@ def parse(arguments: list[str]) -> RunConfig:
         default=base,
         return_unknown_args=True,
         prog="python -m megaresid.train",
-        description=f"{RunConfig.__doc__}\n\n--preset {'|'.join(RUN_PRESETS)} sets the reference run's values, "
-        "--config FILE reads the same keys from a JSON; options given here win over both.",
+        description=f"{cleandoc(RunConfig.__doc__)}\n\n--preset {'|'.join(RUN_PRESETS)} sets the reference run's "
+        "values, --config FILE reads the same keys from a JSON; options given here win over both.",
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
     if unknown:

@@ -28,7 +28,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def exits_with_user_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's ``main``: a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Decorate a command's ``main``: a ``UserError`` becomes one line on stderr and exit code 2; a reader that closes
+    the pipe ends the command without a word."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -39,5 +40,8 @@ def exits_with_user_errors(main: Callable[..., None]) -> Callable[..., None]:
                 where = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
                 print(f"error: {where}{error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except BrokenPipeError:  # whoever read the output has had enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     return command
