@@ -108,6 +108,9 @@ def test_resume_into_another_directory_repeats_the_rest_bitwise(workplace, whole
     code, said = start(workplace, "deepspeed", "--run-dir", str(resumed), "--resume", str(checkpoint))
     assert code == 0, said[-3000:]
     assert numbers(resumed) == numbers(whole, after=STOP) and len(numbers(resumed)) == 7
+    # Time spent on training goes on from the checkpoint's, so that loss over time is one curve.
+    before = next(row["training_seconds"] for row in read_metrics(whole) if row["step"] == STOP)
+    assert all(row["training_seconds"] > before for row in read_metrics(resumed) if "training_seconds" in row)
     assert_equal_ends(resumed, whole)
 
 

@@ -66,7 +66,6 @@ class Loader:
                 f"global batch {global_batch} is not a multiple of {ranks} ranks x micro-batch {micro_batch} "
                 f"= {ranks * micro_batch} sequences"
             )
-        self.accumulation = accumulation
         # A new thread's current device is 0, and pinning would open a context there on every rank.
         device = torch.cuda.current_device() if pin else None
         sizes = {"global_batch": global_batch, "ranks": ranks, "micro_batch": micro_batch}

@@ -84,7 +84,6 @@ class TokenStream:
     def __init__(self, folder: Path, shards: list[ShardEntry]):
         self.folder, self.shards = Path(folder), shards
         self.starts = [0, *accumulate(shard.tokens for shard in shards)]
-        self.largest_id = max(shard.largest_id for shard in shards)
         self._reset_files()
 
     @classmethod

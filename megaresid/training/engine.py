@@ -46,7 +46,9 @@ class Engine:
         self.batch = batch
         self.stage = ds_config.stage
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
+    ) -> StepResult:
         """One optimizer step over ``batch.accumulation`` micro-batches (idx, targets), int64 [m, T] each."""
         set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
         micro_batches = iter(micro_batches)

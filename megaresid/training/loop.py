@@ -15,9 +15,14 @@ from megaresid.training.engine import Engine, StepResult
 
 @dataclass(frozen=True)
 class Course:
-    """What the loop runs: steps ``first`` to ``steps`` (exclusive), each of ``tokens_per_step`` tokens."""
+    """What the loop runs: steps ``first`` to ``steps`` (exclusive), each of ``tokens_per_step`` tokens.
+
+    ``training_seconds`` and ``skipped_steps`` are those of the steps before ``first``.
+    """
 
     first: int
+    training_seconds: float
+    skipped_steps: int
     steps: int
     tokens_per_step: int
     learning_rate: Callable[[int], float]
@@ -28,8 +33,8 @@ class Course:
 class TrainingClock:
     """Seconds spent on training itself: evaluation and saving stop it, so that tokens per second mean training."""
 
-    def __init__(self):
-        self._since, self._spent = time.perf_counter(), 0.0
+    def __init__(self, spent: float):
+        self._since, self._spent = time.perf_counter(), spent
 
     def seconds(self) -> float:
         return self._spent + (time.perf_counter() - self._since if self._since is not None else 0.0)
@@ -48,18 +53,18 @@ def train(
     course: Course,
     intervals: IntervalOptions,
     hooks: Sequence[Hook],
-    save: Callable[[int], None],
+    save: Callable[[int, dict[str, float]], None],
     recorder: Recorder | None,
 ) -> None:
     """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
 
-    ``save(step)`` writes a checkpoint of the state after ``step`` updates, on every rank.
+    ``save(step, counters)`` writes a checkpoint of the state after ``step`` updates, on every rank.
     """
-    clock = TrainingClock()
+    clock = TrainingClock(course.training_seconds)
     if course.first == 0:
         with clock:
             _evaluate(engine, 0, None, course, hooks, recorder)
-    logged_step, logged_seconds, skipped = course.first, clock.seconds(), 0
+    logged_step, logged_seconds, skipped = course.first, clock.seconds(), course.skipped_steps
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
         result = engine.train_step(micro_batches, rate)
@@ -82,7 +87,7 @@ def train(
                 _evaluate(engine, done, loss, course, hooks, recorder)
         if _due(intervals.checkpoint_interval, done, last):
             with clock:
-                save(done)
+                save(done, {"training_seconds": clock.seconds(), "skipped_steps": skipped})
 
 
 def _due(interval: int, step: int, last: bool) -> bool:

@@ -40,7 +40,7 @@ def execute(prepared: Prepared) -> None:
     directory = _on_rank_0(lambda: RunDirectory(config.run.run_dir))
     engine = Engine(plan, config, prepared.ds_config, batch)
     torch.manual_seed(derived_seed(config.run.seed, f"dropout of rank {rank}"))
-    first = _restore(engine, prepared)
+    first, counters = _restore(engine, prepared)
 
     shape = plan.shape
     peak = None
@@ -48,6 +48,8 @@ def execute(prepared: Prepared) -> None:
         peak = peak_flops(torch.cuda.get_device_name(engine.device), prepared.ds_config.autocast_dtype)
     course = Course(
         first=first,
+        training_seconds=counters.get("training_seconds", 0.0),
+        skipped_steps=counters.get("skipped_steps", 0),
         steps=config.run.steps,
         tokens_per_step=batch.sequences * shape.context,
         learning_rate=lambda step: learning_rate(step, config.run.steps, config.optimizer),
@@ -55,13 +57,13 @@ def execute(prepared: Prepared) -> None:
         peak_flops=peak * batch.ranks if peak else None,
     )
 
-    def save(step: int) -> None:
+    def save(step: int, counters: dict[str, float]) -> None:
         save_checkpoint(
             engine.deepspeed,
             engine.parameters,
             config.run.run_dir / "checkpoints",
             step=step,
-            counters={},
+            counters=counters,
             identity=prepared.identity,
             keep=config.interval.keep_checkpoints or None,
         )
@@ -120,15 +122,20 @@ def _on_rank_0(make: Callable[[], T]) -> T | None:
     return made
 
 
-def _restore(engine: Engine, prepared: Prepared) -> int:
-    """Load what was asked for; the step to go on from. Every rank loads what rank 0 found: on a shared disk a listing
-    can be older on one machine than on another."""
+def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]:
+    """Load what was asked for; the step to go on from, and the counters at that step.
+
+    Every rank loads what rank 0 found: on a shared disk a listing can be older on one machine than on another.
+    """
     found = [(prepared.resume, prepared.weights)]
     torch.distributed.broadcast_object_list(found, src=0)
     resume, weights = found[0]
     if weights:
         copy_parameters(engine.deepspeed, engine.parameters, weights)
-    return load_checkpoint(engine.deepspeed, engine.parameters, resume).step if resume else 0
+    if not resume:
+        return 0, {}
+    state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
+    return state.step, state.counters
 
 
 def _start_record(directory: RunDirectory, prepared: Prepared, course: Course) -> Recorder:

