@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megaresid.config import RunConfig, from_flat
 from megaresid.errors import UserError
-from megaresid.model.gpt import GPT, canonical_parameters
+from megaresid.model.gpt import GPT, canonical_parameters, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.training.checkpoint import find_checkpoint, read_parameters
 from megaresid.training.checkpoint_format import SavedState
@@ -37,5 +37,5 @@ def load_model(path: Path) -> GPT:
     for name, parameter in canonical_parameters(model, model.prefixes).items():
         parameter.data.copy_(saved[name])
     with SavedState(checkpoint) as state:
-        model.set_step(state.header.step)
+        set_step(model, state.header.step)
     return model.eval()

@@ -11,7 +11,7 @@ from megaresid import generate as command
 from megaresid.config import parse
 from megaresid.errors import UserError
 from megaresid.generate import _choose, generate
-from megaresid.model.gpt import build, canonical_parameters
+from megaresid.model.gpt import build, canonical_parameters, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.saved_run import load_model, run_of
 from megaresid.training.checkpoint_format import Header, Marker, write_record, write_tensors
@@ -101,9 +101,9 @@ def test_the_loaded_model_is_at_the_step_of_its_checkpoint(tmp_path):
     options = f"{OPTIONS} --residual pro_res(warmup=4)"
     idx = torch.randint(50257, (2, 8), generator=torch.Generator().manual_seed(7))
     loaded, model = load_model(save_run(tmp_path / "run", options)), trained(options)
-    model.set_step(3)
+    set_step(model, 3)
     assert torch.equal(loaded(idx)[0], model(idx)[0])
-    model.set_step(4)
+    set_step(model, 4)
     assert not torch.equal(loaded(idx)[0], model(idx)[0])
 
 

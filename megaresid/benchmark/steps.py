@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from megaresid.benchmark.entries import plan_of
 from megaresid.config import OptimizerOptions
-from megaresid.model.gpt import GPT, build, canonical_parameters, canonical_rules
+from megaresid.model.gpt import GPT, build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.measure import saved_bytes
 from megaresid.model.presets import ModelShape
 from megaresid.training.optimizer import parameter_groups
@@ -47,7 +47,7 @@ class Stepper:
     def __init__(self, entry: str, setting: Setting):
         plan = plan_of(entry, setting.shape)
         model = build(plan, SEED).to(setting.device)
-        model.set_step(1)
+        set_step(model, 1)
         groups = parameter_groups(
             canonical_parameters(model, model.prefixes),
             canonical_rules(model, model.prefixes, plan),

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 import torch.distributed
-
 from torch.nn.functional import pad
 
 from megaresid.data.loader import read_batch

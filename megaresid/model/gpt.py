@@ -123,18 +123,19 @@ class GPT(nn.Module):
                 for site in self.parts[2 + layer].sites.values():
                     site.use(shared)
 
-    def set_step(self, step: int) -> None:
-        """Bring what depends on the step to the optimizer step that is numbered ``step`` from 1; 0 before the first.
-        An evaluation after that step sees the same values."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "set_step"):
-                module.set_step(step)
-
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         x = idx
         for part in self.parts:
             x = part(x)
         return self.head(x, targets)
+
+
+def set_step(model: "GPT | PipelineModule", step: int) -> None:
+    """Bring what depends on the step to the optimizer step that is numbered ``step`` from 1; 0 before the first. An
+    evaluation after that step sees the same values."""
+    for module in model.modules():
+        if hasattr(module, "set_step"):
+            module.set_step(step)
 
 
 def canonical_name(path: str, prefixes: list[str]) -> str:

@@ -9,7 +9,6 @@ from torch import nn
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
 from megaresid.residual.cost import Cost
-from megaresid.residual.history import weighted_sum, weighted_sum_flops
 from megaresid.residual.kernels import fused_attnres
 from megaresid.residual.stream import (
     RESIDUALS,
@@ -23,6 +22,7 @@ from megaresid.residual.stream import (
     StateSpec,
     recomputed,
 )
+from megaresid.residual.sums import weighted_sum, weighted_sum_flops
 from megaresid.spec import Options
 
 KEY_EPSILON = 1e-6

@@ -9,8 +9,9 @@ from torch import nn
 from megaresid.model.init import Rule, Values
 from megaresid.model.presets import ModelShape
 from megaresid.residual.cost import Cost
-from megaresid.residual.history import KeepingSite, block_name, weighted_sum, weighted_sum_flops
+from megaresid.residual.history import KeepingSite, block_name
 from megaresid.residual.stream import RESIDUALS, Entry, Normed, Place, ResidualVariant, Site, State, StateSpec
+from megaresid.residual.sums import weighted_sum, weighted_sum_flops
 from megaresid.spec import Options
 
 

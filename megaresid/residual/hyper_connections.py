@@ -25,6 +25,7 @@ from megaresid.residual.stream import (
     StateSpec,
     recomputed,
 )
+from megaresid.residual.sums import weighted_sum, weighted_sum_flops
 from megaresid.spec import Options
 
 CLOSES = {"sum": torch.sum, "mean": torch.mean}
@@ -52,11 +53,7 @@ def mixed(weights: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
     A loop over the streams, of which a compiler makes one kernel; a product of matrices as small as these, one for
     each token, would be slow on its own and stand between kernels that can be one.
     """
-    (weight, stream), *others = zip(weights.unsqueeze(-1).unbind(-3), streams.unsqueeze(-2).unbind(-3), strict=True)
-    total = weight * stream
-    for weight, stream in others:
-        total = torch.addcmul(total, weight, stream)
-    return total
+    return weighted_sum(weights.unsqueeze(-1).unbind(-3), streams.unsqueeze(-2).unbind(-3))
 
 
 class WideSite(Site):
@@ -100,9 +97,8 @@ class WideSite(Site):
 
 def connection_cost(parts: int, inputs: int, part_width: int) -> Cost:
     """Of a WideSite with given coefficients beside vanilla's sum: kept are what the sublayer reads and gives."""
-    per_sum = 2 * parts - 1
     return Cost(
-        flops=(inputs * per_sum + parts * per_sum + 2 * parts - inputs) * part_width,
+        flops=(inputs + parts) * weighted_sum_flops(parts, part_width) + (2 * parts - inputs) * part_width,
         saved=inputs * part_width - 2,
         written=(parts - inputs) * part_width,
     )

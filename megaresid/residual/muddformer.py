@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, linear
 from megaresid.model.init import Constant, Normal, Rule, Values
 from megaresid.model.presets import ModelShape
 from megaresid.residual.cost import Cost, norm_cost
-from megaresid.residual.history import block_name, weighted_sum, weighted_sum_flops
+from megaresid.residual.history import block_name
 from megaresid.residual.stream import (
     RESIDUALS,
     Close,
@@ -22,6 +22,7 @@ from megaresid.residual.stream import (
     StateSpec,
     recomputed,
 )
+from megaresid.residual.sums import weighted_sum, weighted_sum_flops
 from megaresid.spec import Options
 
 WAYS = ("q", "k", "v", "r")

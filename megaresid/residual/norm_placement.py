@@ -17,7 +17,6 @@ from megaresid.residual.cost import Cost, norm_cost
 from megaresid.residual.stream import RESIDUALS, BareClose, Opening, Place, ResidualVariant, Site, State
 from megaresid.spec import Options
 
-
 LAYER_NORM = "reconstructed: LayerNorm with weight and bias for the paper's RMSNorm"
 
 

@@ -1,5 +1,6 @@
 """The DeepSpeed engine behind a small contract: train on a step's micro-batches, evaluate, name the parameters."""
 
+import functools
 import logging
 import os
 import warnings
@@ -12,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megaresid.config import RunConfig
 from megaresid.errors import UserError
-from megaresid.model.gpt import build, canonical_parameters, canonical_rules
+from megaresid.model.gpt import build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 from megaresid.training.machine import ranks_on_this_machine
@@ -33,7 +34,7 @@ class StepResult:
 class Engine:
     """A model under ``deepspeed.initialize``; every method is called by every rank.
 
-    ``parameters`` maps canonical names to the live parameters; ``set_step`` is the model's.
+    ``parameters`` maps canonical names to the live parameters; ``set_step(step)`` serves what depends on the step.
     """
 
     def __init__(self, plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch):
@@ -43,7 +44,7 @@ class Engine:
         groups = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
         # The whole model as one graph: an error rather than parts that silently run uncompiled.
         module = torch.compile(model, fullgraph=True) if config.execution.compile else model
-        self.set_step = model.set_step
+        self.set_step = functools.partial(set_step, model)
         self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
         self.device = torch.device(get_accelerator().current_device_name())
         self.batch = batch

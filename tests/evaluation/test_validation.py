@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation
-from megaresid.errors import UserError
 from megaresid.model.gpt import build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megaresid.residual.attention_residuals import DepthSoftmax
-from megaresid.residual.history import weighted_sum
 from megaresid.residual.kernels import fused_attnres
+from megaresid.residual.sums import weighted_sum
 
 pytestmark = [
     pytest.mark.gpu,

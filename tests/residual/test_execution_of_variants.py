@@ -13,7 +13,6 @@ from variant_table import FAMILY_HEADS, ONE_OF_EACH, ROWS, quick
 from megaresid.model.gpt import canonical_rules
 from megaresid.model.layer import Layer
 
-
 DEEP_HISTORIES = ("attention_residuals", "delta_attention_residuals", "mudd_former", "dense_former")
 
 

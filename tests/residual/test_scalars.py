@@ -6,7 +6,7 @@ from variant_models import IDX, SHAPE, gradients_of, layer_norm, loss_of, model_
 
 from megaresid.config import OptimizerOptions
 from megaresid.errors import UserError
-from megaresid.model.gpt import canonical_parameters, canonical_rules
+from megaresid.model.gpt import canonical_parameters, canonical_rules, set_step
 from megaresid.model.init import Constant, Normal
 from megaresid.model.plan import ModelPlan
 from megaresid.residual.stream import RESIDUALS
@@ -126,11 +126,11 @@ def test_pro_res_warms_up_layer_after_layer_and_ends_as_vanilla():
     buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(".alpha")]
     assert len(buffers) == 8 and {(buffer.shape, buffer.dtype) for buffer in buffers} == {((), torch.float32)}
     for step in (0, 1, 10, 15, 39):
-        model.set_step(step)
+        set_step(model, step)
         expected = [min(step / (10 * layer), 1) for layer in (1, 2, 3, 4) for _ in "am"]
         assert multipliers(model) == pytest.approx(expected) and min(multipliers(model)) < 1
     assert [id(buffer) for name, buffer in model.named_buffers() if name.endswith(".alpha")] == list(map(id, buffers))
-    model.set_step(40)
+    set_step(model, 40)
     vanilla = model_of("vanilla", away=0, dtype=torch.float32)
     assert torch.equal(model(IDX[:, :-1])[0], vanilla(IDX[:, :-1])[0])
 

@@ -22,7 +22,7 @@ from variant_table import FAMILY_HEADS, ONE_OF_EACH, ROWS
 
 from megaresid.config import RunConfig, from_flat
 from megaresid.errors import UserError
-from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules
+from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules, set_step
 from megaresid.model.pipeline import pipeline_module
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
@@ -98,7 +98,7 @@ def plain_course(case: Case) -> Course:
     )
     course = []
     for step in range(STEPS):
-        model.set_step(case.step + step)
+        set_step(model, case.step + step)
         idx = tokens(step)
         loss = torch.nn.functional.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())
         loss.backward()
@@ -250,9 +250,7 @@ def train_in_two_stages(case: Case, cut: int) -> Course:
         engine.optimizer.register_step_pre_hook(lambda *_: norms.append(stage_norm(parameters)))
         losses = []
         for step in range(STEPS):
-            for part in module.modules():
-                if hasattr(part, "set_step"):
-                    part.set_step(case.step + step)
+            set_step(module, case.step + step)
             pairs = [(rows[:, :-1], rows[:, 1:]) for rows in tokens(step).split(2)]
             losses.append(engine.train_batch(iter(pairs)).item())
         engine.destroy()

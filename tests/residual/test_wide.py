@@ -10,7 +10,7 @@ from variant_models import IDX, SHAPE, loss_of, model_of
 from variant_row import Row
 
 from megaresid.errors import UserError
-from megaresid.model.gpt import GPT, build, canonical_parameters, canonical_rules
+from megaresid.model.gpt import GPT, build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import PRESETS, ModelShape
 from megaresid.training.estimate import saved_activation_bytes
@@ -142,25 +142,6 @@ def test_the_balanced_start_reads_vanillas_input_from_copies_of_it(spec, elsewhe
         assert (site["b"][N : 2 * N] == 0).all() and (site["phi"] == 0).all()
         assert site["b"][2 * N :].unique().tolist() == [elsewhere, 0.0] and site["b"][2 * N] == 0
         assert torch.allclose(site["alpha"], torch.full((3,), 0.01, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("spec", "decaying"),
-    [
-        ("hyper_connections(dynamic=false)", set()),
-        ("hyper_connections", {"W"}),
-        ("frac_connections", {"W"}),
-        ("mhc", {"phi"}),
-        ("mhc_lite", {"phi"}),
-    ],
-)
-def test_of_a_site_only_what_projects_the_streams_decays(spec, decaying):
-    model = model_of(spec)
-    rules = canonical_rules(model, model.prefixes, model.plan)
-    assert rules.keys() == canonical_parameters(model, model.prefixes).keys()
-    sites = {name: rule for name, rule in rules.items() if ".site." in name}
-    assert {name.split(".site.")[1] for name, rule in sites.items() if rule.decay} == decaying
-    assert all(rule.fp32 == ("norm" not in name) for name, rule in sites.items())
 
 
 def test_another_reduction_in_the_last_layer_is_no_lost_end():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaresid.model.gpt import GPT, build, canonical_parameters
+from megaresid.model.gpt import GPT, build, canonical_parameters, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 
@@ -60,7 +60,7 @@ def model_of(
     The noise depends on the parameter's name alone, so what two variants share stays equal.
     """
     model = build(ModelPlan(shape, attention, spec), seed=0, activation_checkpointing=recompute).to(dtype)
-    model.set_step(step)
+    set_step(model, step)
     move_away(canonical_parameters(model, model.prefixes), away, shape.vocab_size)
     return model
 
