@@ -8,13 +8,16 @@ import os
 import sys
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megaresid.errors import UserError, suggestion
 from megaresid.model.presets import PRESETS, ModelShape
+
+if TYPE_CHECKING:
+    from megaresid.model.plan import ModelPlan
 
 
 class Section(BaseModel):
@@ -51,6 +54,10 @@ class ModelOptions(Section):
     """tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     attention: str = "softmax"
     """How layers mix tokens: a pattern over the depth."""
+    positions: Literal["auto", "learned", "none"] = "auto"
+    """Learned position embeddings: auto has them where a mixer cannot tell the order of tokens without."""
+    separate_documents: bool = False
+    """Let no token see another document: attention, states and convolutions stop at <|endoftext|>."""
     residual: str = "vanilla"
     """How layers add to the residual stream: a pattern over the depth."""
     layers: int | None = None
@@ -146,6 +153,15 @@ class RunConfig(Section):
         changes = {key: value for key, value in changes.items() if value is not None}
         changes |= {"dropout": chosen.dropout, "activation": chosen.activation}
         return PRESETS[chosen.model].model_copy(update=changes)
+
+    def plan(self) -> "ModelPlan":
+        """Raises UserError for layer specs that cannot be built."""
+        from megaresid.model.plan import ModelPlan  # for torch, --help need not wait
+
+        chosen = self.model
+        return ModelPlan(
+            self.shape, chosen.attention, chosen.residual, chosen.positions, documents=chosen.separate_documents
+        )
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, JSON-able, as ``--config`` reads it."""

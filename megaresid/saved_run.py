@@ -5,7 +5,6 @@ from pathlib import Path
 from megaresid.config import RunConfig, from_flat
 from megaresid.errors import UserError
 from megaresid.model.gpt import GPT, canonical_parameters, set_step
-from megaresid.model.plan import ModelPlan
 from megaresid.training.checkpoint import find_checkpoint, read_parameters
 from megaresid.training.checkpoint_format import SavedState
 from megaresid.training.run_dir import read_json
@@ -32,7 +31,7 @@ def load_model(path: Path) -> GPT:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path}: there is no complete checkpoint yet")
-    model = GPT(ModelPlan(config.shape, config.model.attention, config.model.residual))
+    model = GPT(config.plan())
     saved = read_parameters(checkpoint)
     for name, parameter in canonical_parameters(model, model.prefixes).items():
         parameter.data.copy_(saved[name])

@@ -3,12 +3,15 @@
 A component is a name with options, a pattern is components laid over the depth::
 
     softmax
-    hyper_connection(streams=4, dynamic=true)
+    hyper_connections(streams=4, dynamic=true)
     my_module:MyMixer(option=1)
+    blend(gla, causal_conv(kernel=4), gate=per_token_channel)
     3*gated_delta_net + softmax          three layers of one, then one of the other, repeated
+    softmax | 3*gla + delta_net | softmax     the first and the last layer fixed, the rest repeated between them
 
-Values are integers, floats, ``true``/``false``/``none`` and words. A component's class declares its options
-as a pydantic model named ``Options``; whatever it does not declare is refused here, before anything is built.
+Values are integers, floats, ``true``/``false``/``none``, words and components; those without a name come first. A
+component's class declares its options as a pydantic model named ``Options``; whatever it does not declare is refused
+here, before anything is built.
 """
 
 import hashlib
@@ -18,59 +21,86 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megaresid.errors import UserError, suggestion
 
-Value = int | float | bool | str | None
+Value = "int | float | bool | str | None | Component"
 
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 WORD = r"[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?"
-TOKEN = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{WORD})|(?P<mark>[()=,*+-]))")
+TOKEN = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{WORD})|(?P<mark>[()=,*+|-]))")
 LONGEST_NUMBER = 100  # characters
 
 
 class Options(BaseModel):
     """Base of every component's options: typed, immutable, finite, and closed to names it does not declare. The
-    docstring under a field is its description."""
+    docstring under a field is its description. ``positional`` names the fields that may be given without their name."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    positional: ClassVar[tuple[str, ...]] = ()
+
 
 @dataclass(frozen=True)
 class Component:
-    """A name with the options that were written for it, e.g. ``gla(expand_k=0.5)``."""
+    """A name with the options that were written for it, e.g. ``gla(expand_k=0.5)``, and before them values without a
+    name, e.g. ``blend(gla, softmax)``."""
 
     name: str
     options: tuple[tuple[str, Value], ...] = ()
+    arguments: tuple[Value, ...] = ()
 
     def __str__(self) -> str:
-        if not self.options:
-            return self.name
-        return f"{self.name}({', '.join(f'{key}={_print(value)}' for key, value in self.options)})"
+        written = [*map(_print, self.arguments), *(f"{key}={_print(value)}" for key, value in self.options)]
+        return f"{self.name}({', '.join(written)})" if written else self.name
+
+
+Terms = tuple[tuple[int, Component], ...]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Components in the order in which they are repeated over the depth."""
+    """Components in the order in which they are repeated over the depth, after the ``first`` and before the ``last``,
+    which stand once."""
 
-    terms: tuple[tuple[int, Component], ...]
+    terms: Terms
+    first: Terms = ()
+    last: Terms = ()
 
     def over(self, layers: int) -> list[Component]:
-        """One component a layer: the pattern repeated, its last repetition cut at ``layers``."""
-        once = [component for count, component in self.terms for _ in range(min(count, layers))]
-        return [once[layer % len(once)] for layer in range(layers)]
+        """One component a layer: the terms repeated, their last repetition cut. Raises UserError where the model has
+        fewer layers than the pattern fixes."""
+        first, once, last = (
+            [component for count, component in terms for _ in range(min(count, layers + 1))]
+            for terms in (self.first, self.terms, self.last)
+        )
+        between = layers - len(first) - len(last)
+        if between < 0:
+            raise UserError(
+                f"layer spec {str(self)!r} fixes more layers at its ends than the {layers} of the model: fix fewer"
+            )
+        return [*first, *(once[layer % len(once)] for layer in range(between)), *last]
+
+    def components(self) -> list[Component]:
+        """All that the pattern names, each term once."""
+        return [component for _, component in (*self.first, *self.terms, *self.last)]
 
     def __str__(self) -> str:
-        return " + ".join(f"{count}*{component}" if count > 1 else str(component) for count, component in self.terms)
+        parts = self.first, self.terms, self.last
+        return _print_terms(self.terms) if not (self.first or self.last) else " | ".join(map(_print_terms, parts)).strip()
+
+
+def _print_terms(terms: Terms) -> str:
+    return " + ".join(f"{count}*{component}" if count > 1 else str(component) for count, component in terms)
 
 
 def _print(value: Value) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
+    return str(value) if isinstance(value, str | Component) else json.dumps(value).replace("null", "none")
 
 
 class _Reader:
@@ -109,6 +139,8 @@ class _Reader:
         if sign:
             self.fail("expected a number")
         if (word := self.take("word")) is not None:
+            if self.peek() and self.peek()["mark"] == "(":
+                return self.component_named(word)
             return {"true": True, "false": False, "none": None}.get(word.lower(), word)
         self.fail("expected a value")
 
@@ -116,18 +148,34 @@ class _Reader:
         name = self.take("word")
         if name is None:
             self.fail("expected a name")
+        return self.component_named(name)
+
+    def component_named(self, name: str) -> Component:
         options: dict[str, Value] = {}
+        arguments: list[Value] = []
         if self.take("mark", "("):
             while not self.take("mark", ")"):
-                key = self.take("word")
-                if key is None or not self.take("mark", "="):
-                    self.fail("expected option=value")
-                if key in options:
+                key = self.key()
+                if key is None:
+                    if options:
+                        self.fail("expected option=value")
+                    arguments.append(self.value())
+                elif key in options:
                     self.fail(f"option {key!r} is given twice")
-                options[key] = self.value()
+                else:
+                    options[key] = self.value()
                 if not self.take("mark", ",") and not (self.peek() and self.peek()["mark"] == ")"):
                     self.fail("expected ',' or ')'")
-        return Component(name, tuple(options.items()))
+        return Component(name, tuple(options.items()), tuple(arguments))
+
+    def key(self) -> str | None:
+        """The name of an option and its '=', or None, and nothing is consumed."""
+        start = self.position
+        key = self.take("word")
+        if key is not None and self.take("mark", "="):
+            return key
+        self.position = start
+        return None
 
     def term(self) -> tuple[int, Component]:
         number = self.number()
@@ -138,15 +186,33 @@ class _Reader:
         return int(number), self.component()
 
 
+    def terms(self) -> Terms:
+        terms = [self.term()]
+        while self.take("mark", "+"):
+            terms.append(self.term())
+        return tuple(terms)
+
+    def end(self) -> Terms:
+        """The terms of a pattern's end, of which there may be none."""
+        nothing = self.at_end() or self.peek() and self.peek()["mark"] == "|"
+        return () if nothing else self.terms()
+
+
 def parse_pattern(text: str) -> Pattern:
-    """Parse a pattern over the depth, ``3*a + b``; raises UserError that shows the text and the place."""
+    """Parse a pattern over the depth, ``3*a + b`` or ``first | 3*a + b | last``; raises UserError that shows the text
+    and the place."""
     reader = _Reader(text)
-    terms = [reader.term()]
-    while reader.take("mark", "+"):
-        terms.append(reader.term())
+    first, last = reader.end() if "|" in text else (), ()
+    if "|" in text and not reader.take("mark", "|"):
+        reader.fail("expected '+' or '|'")
+    terms = reader.terms()
+    if "|" in text:
+        if not reader.take("mark", "|"):
+            reader.fail("expected '+' or a second '|' (first | repeated | last)")
+        last = reader.end()
     if not reader.at_end():
         reader.fail("unexpected text")
-    return Pattern(tuple(terms))
+    return Pattern(terms, first, last)
 
 
 class Registry:
@@ -156,6 +222,7 @@ class Registry:
     def __init__(self, kind: str, package: str, base: str):
         self.kind, self.package, self.base = kind, package, base
         self._classes: dict[str, type] = {}
+        self._presets: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: ``name`` is what a user writes in a spec."""
@@ -169,12 +236,31 @@ class Registry:
 
         return add
 
+    def preset(self, name: str, text: str) -> None:
+        """Let ``name`` stand for the component that ``text`` writes out."""
+        if name in self._presets:
+            raise ValueError(f"two {self.kind} presets are named {name!r}")
+        self._presets[name] = text
+
     def classes(self) -> dict[str, type]:
         """All registered classes by name, in the order of their files."""
+        self._import_all()
+        return self._classes
+
+    def presets(self) -> dict[str, str]:
+        """What each preset's name stands for."""
+        self._import_all()
+        return self._presets
+
+    def name_of(self, cls: type) -> str:
+        """The registered name of a class, or the import path of a user's own (which may inherit a name)."""
+        name = getattr(cls, "name", None)
+        return name if self.classes().get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+
+    def _import_all(self) -> None:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        return self._classes
 
     def resolve(self, component: Component) -> tuple[type, Options]:
         """The class that a component names, and its options with every default filled in and checked.
@@ -186,11 +272,22 @@ class Registry:
         if ":" in component.name:
             cls = self._users_own(component.name)
         else:
+            component = self._written_out(component)
             known = self.classes()
             if component.name not in known:
-                raise UserError(f"unknown {self.kind} {component.name!r}: {suggestion(component.name, known)}")
+                names = known | self.presets()
+                raise UserError(f"unknown {self.kind} {component.name!r}: {suggestion(component.name, names)}")
             cls = known[component.name]
         return cls, self._check(cls, component)
+
+    def _written_out(self, component: Component) -> Component:
+        text = self.presets().get(component.name)
+        if text is None:
+            return component
+        if component.options or component.arguments:
+            raise UserError(f"{self.kind} preset {component.name!r} takes no options: write out {text!r} and change it")
+        ((_, written_out),) = parse_pattern(text).terms
+        return written_out
 
     def _users_own(self, path: str) -> type:
         try:
@@ -205,9 +302,21 @@ class Registry:
             raise UserError(f"{self.kind} {path!r}: its Options are not a subclass of {__name__}:Options: derive them")
         return cls
 
+    def _given(self, cls: type, component: Component) -> dict[str, Value]:
+        """The values by option, those without a name too."""
+        names, values = cls.Options.positional, component.arguments
+        if len(values) > len(names):
+            takes = f"takes {len(names)} values without a name" if names else "takes no value without its name"
+            raise UserError(f"{self.kind} {component.name!r} {takes}, not {len(values)}: write option=value")
+        given, written = dict(zip(names, values)), dict(component.options)
+        if twice := given.keys() & written.keys():
+            raise UserError(f"{self.kind} {component.name!r}: option {min(twice)!r} is given twice")
+        return given | written
+
     def _check(self, cls: type, component: Component) -> Options:
+        given = self._given(cls, component)
         try:
-            return cls.Options(**dict(component.options))
+            return cls.Options(**given)
         except ValidationError as error:
             problem, fields = error.errors()[0], cls.Options.model_fields
             if not problem["loc"]:  # a check over several options
@@ -220,7 +329,7 @@ class Registry:
             kind = field.annotation
             kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             if field.is_required():
-                default, given = "no default", dict(component.options)
+                default = "no default"
                 found = f"{option}={_print(given[option])} is not valid" if option in given else f"{option} is missing"
             else:
                 default, found = f"default {_print(field.default)}", f"{option}={_print(problem['input'])} is not valid"

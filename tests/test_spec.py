@@ -48,7 +48,7 @@ def test_any_text_parses_or_is_one_line_of_error(text):
         assert repr(text) in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "a +", "0*a", "1.5*a", "a(", "a(x)", "a(x=)", "a(x=1 y=2)", "a(x=1,x=2)", "a b", "a)"])
+@pytest.mark.parametrize("text", ["", "a +", "0*a", "1.5*a", "a(", "a(x=1, 2)", "a(x=)", "a(x=1 y=2)", "a(x=1,x=2)", "a b", "a)"])
 def test_malformed_specs_show_the_place(text):
     with pytest.raises(UserError, match=r"^layer spec .* at character \d+$"):
         parse_pattern(text)

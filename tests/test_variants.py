@@ -184,7 +184,7 @@ def test_a_variant_of_the_users_own(capsys):
         (["--model", "gpt2-medum"], "--model gpt2-medum: did you mean 'gpt2-medium'"),
         (["layer_skale"], "unknown residual 'layer_skale': did you mean 'layer_scale'"),
         (["layer_scale(stat=1)"], "no option 'stat': did you mean 'start'"),
-        (["layer_scale("], "expected option=value"),
+        (["layer_scale("], "expected a value at character 13"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys):

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from megaresid.attention.mixer import MIXERS, Mixer, Side
+from megaresid.attention.cache import Cache
+from megaresid.attention.mixer import MIXERS, Inputs, Mixer, Side, SideSpec
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options
 
@@ -18,18 +19,17 @@ class Softmax(Mixer):
     """
 
     citation = "Vaswani et al. 2017, arXiv 1706.03762"
-    needs_positions = True
     ways = True
 
-    def __init__(self, shape: ModelShape, options: Options, layer: int):
-        super().__init__(shape, options, layer)
+    def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):
+        super().__init__(shape, options, layer, entering)
         self.heads, self.dropout = shape.heads, shape.dropout
         self.q_proj = nn.Linear(shape.width, shape.width)
         self.k_proj = nn.Linear(shape.width, shape.width)
         self.v_proj = nn.Linear(shape.width, shape.width)
         self.o_proj = nn.Linear(shape.width, shape.width)
 
-    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], side: Side) -> tuple[torch.Tensor, Side]:
+    def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), self.v_proj(x_v)), side
 
@@ -40,6 +40,10 @@ class Softmax(Mixer):
         o = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=attention_dropout)
         y = self.o_proj(o.transpose(1, 2).flatten(-2))
         return dropout(y, self.dropout, self.training)
+
+    @classmethod
+    def needs_positions(cls, options: Options) -> bool:
+        return True
 
     @classmethod
     def flops_per_token(cls, shape: ModelShape, options: Options) -> int:

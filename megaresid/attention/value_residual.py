@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from megaresid import spec
-from megaresid.attention.mixer import MIXERS, Mixer, Side, SideSpec
+from megaresid.attention.cache import Cache
+from megaresid.attention.mixer import MIXERS, Inputs, Mixer, Side, SideSpec
 from megaresid.attention.softmax import Softmax
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
@@ -24,7 +25,7 @@ class Options(spec.Options):
 class FirstValues(Softmax):
     """Softmax attention that hands its values on."""
 
-    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], side: Side) -> tuple[torch.Tensor, Side]:
+    def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
         values = self.v_proj(x_v)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), values), (*side, values)
@@ -42,9 +43,9 @@ class ValueResidual(Softmax):
     reads = (VALUES,)
     Options = Options
 
-    def __init__(self, shape: ModelShape, options: Options, layer: int, position: int):
-        super().__init__(shape, options, layer)
-        self.position = position
+    def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec):
+        super().__init__(shape, options, layer, entering)
+        self.position = [name for name, _ in entering].index(VALUES)
         self.weights = {"first": options.first, "own": options.own}
         self.learned = options.learned
         for name, weight in self.weights.items():
@@ -55,10 +56,8 @@ class ValueResidual(Softmax):
 
     @classmethod
     def make(cls, shape: ModelShape, options: Options, layer: int, entering: SideSpec) -> Mixer:
-        names = [name for name, _ in entering]
-        if VALUES not in names:
-            return FirstValues(shape, options, layer)
-        return cls(shape, options, layer, names.index(VALUES))
+        first = VALUES not in (name for name, _ in entering)
+        return (FirstValues if first else cls)(shape, options, layer, entering)
 
     @classmethod
     def side_spec(cls, shape: ModelShape, options: Options, entering: SideSpec) -> SideSpec:
@@ -69,7 +68,7 @@ class ValueResidual(Softmax):
         weights = self.weights if self.learned else {}
         return {name: Rule(Constant(weight), decay=False, fp32=True) for name, weight in weights.items()}
 
-    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], side: Side) -> tuple[torch.Tensor, Side]:
+    def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
         own = self.v_proj(x_v)
         values = (self.first * side[self.position] + self.own * own).to(own.dtype)

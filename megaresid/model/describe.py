@@ -82,7 +82,7 @@ class ParameterRule:
 def describe(spec: str, shape: ModelShape) -> Description:
     """The variant that ``spec`` names, ``name`` or ``name(option=1)``, in every layer. Raises UserError."""
     pattern = parse_pattern(spec)
-    if sum(count for count, _ in pattern.terms) > 1:
+    if len(pattern.components()) > 1 or pattern.terms[0][0] > 1:
         raise UserError(f"{spec!r} is a pattern over the depth: name one variant, such as {pattern.terms[0][1]}")
     plan, vanilla = ModelPlan(shape, residual=spec), ModelPlan(shape)
     variant = plan.residual_of(0)

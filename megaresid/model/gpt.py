@@ -1,6 +1,7 @@
 """GPT-2 as one list of layer specs, built as a plain module or by DeepSpeed's ``PipelineModule`` alike."""
 
 import re
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -8,43 +9,63 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 from torch.nn.functional import dropout, embedding
 
+from megaresid.attention.cache import ModelCache
 from megaresid.model.init import STD, Normal, Rule, fill, owned_rules
 from megaresid.model.layer import Layer
 from megaresid.model.loss import full_logits, linear_cross_entropy
 from megaresid.model.plan import ModelPlan
-from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import ResidualVariant, State
 
 TOKENS = "tokens"  # the key under which the embedding matrix is tied to the output head
 
 
 class TokenEmbedding(nn.Module):
-    """The embedding matrix [padded vocabulary, C]: ids [B, T] int64 -> [B, T, C]."""
+    """The embedding matrix [padded vocabulary, C]: ids [B, T] int64 -> [B, T, C].
 
-    def __init__(self, shape: ModelShape):
+    Where the plan keeps documents apart it gives their numbers too, int32 [B, T], which rise by one at each
+    <|endoftext|>, the first token of a document.
+    """
+
+    def __init__(self, plan: ModelPlan):
         super().__init__()
+        shape = plan.shape
         self.vocab_size = shape.vocab_size
+        self.end_of_text = shape.end_of_text if plan.documents else None
         self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.width))
 
     def parameter_rules(self) -> dict[str, Rule]:
         return {"weight": Rule(Normal(STD, rows=self.vocab_size), decay=True)}
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        return embedding(idx, self.weight)
+    def forward(self, idx: torch.Tensor, cache: ModelCache | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        x = embedding(idx, self.weight)
+        if self.end_of_text is None:
+            return x
+        segment = (idx == self.end_of_text).cumsum(1, dtype=torch.int32)
+        if cache is not None:
+            segment = segment if cache.document is None else segment + cache.document[:, None]
+            cache.document = segment[:, -1]
+        return x, segment
 
 
 class Open(nn.Module):
-    """Adds the learned positions, if there are any, and opens the residual stream: [B, T, C] -> state."""
+    """Adds the learned positions, if there are any, and opens the residual stream: [B, T, C] -> state.
+
+    What comes with x is the side channel, which stays behind the state.
+    """
 
     def __init__(self, plan: ModelPlan):
         super().__init__()
         self.dropout, self.opening = plan.shape.dropout, plan.residual_of(0).opening()
         self.positions = nn.Embedding(plan.shape.context, plan.shape.width) if plan.has_positions else None
 
-    def forward(self, x: torch.Tensor) -> State:
+    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...], cache: ModelCache | None = None) -> State:
+        x, *side = (x,) if isinstance(x, torch.Tensor) else x
+        start, length = 0 if cache is None else cache.position, x.shape[1]
         if self.positions is not None:
-            x = x + self.positions(torch.arange(x.shape[1], device=x.device))
-        return self.opening(dropout(x, self.dropout, self.training))
+            x = x + self.positions(torch.arange(start, start + length, device=x.device))
+        if cache is not None:
+            cache.position += length
+        return (*self.opening(dropout(x, self.dropout, self.training)), *side)
 
 
 class Head(nn.Module):
@@ -85,19 +106,21 @@ def layer_specs(plan: ModelPlan, activation_checkpointing: bool = False) -> list
     last = plan.residual_of(plan.shape.layers - 1)
     closed = len(last.state_spec(2 * plan.shape.layers))
     return [
-        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, **tied)),
+        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan, **tied)),
         Part("embed", LayerSpec(Open, plan)),
         *(
             Part(f"layers.{index:02d}", LayerSpec(Layer, plan, index, activation_checkpointing))
             for index in range(plan.shape.layers)
         ),
         Part("head", LayerSpec(last.close_class, plan.shape, last.options, closed)),
-        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan.shape, forward_fn=hidden_states, **tied)),
+        Part("embed.tokens", TiedLayerSpec(TOKENS, TokenEmbedding, plan, forward_fn=hidden_states, **tied)),
     ]
 
 
 class GPT(nn.Module):
     """The plain module of a plan; ``forward(idx [B,T], targets=None)`` gives ``(logits, None)`` or ``(None, loss)``.
+
+    With a cache from ``init_cache``, idx goes on where the last call with it ended.
 
     Its parameters are not filled: use ``build``.
     """
@@ -123,11 +146,19 @@ class GPT(nn.Module):
                 for site in self.parts[2 + layer].sites.values():
                     site.use(shared)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: ModelCache | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        caches = () if cache is None else (cache, cache, *cache.layers)
         x = idx
-        for part in self.parts:
-            x = part(x)
+        for part, carried in zip_longest(self.parts, caches):
+            x = part(x) if carried is None else part(x, carried)
         return self.head(x, targets)
+
+    def init_cache(self, length: int) -> ModelCache | None:
+        """For a text of at most ``length`` tokens; None where a mixer cannot go on and the text must be run again."""
+        decodes = all(self.plan.mixer_class(layer)[0].decodes for layer in range(self.shape.layers))
+        return ModelCache(self.shape.layers, length) if decodes else None
 
 
 def set_step(model: "GPT | PipelineModule", step: int) -> None:

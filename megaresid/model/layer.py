@@ -1,9 +1,12 @@
 """One layer: a mixer and an MLP, called through its sites."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megaresid.attention.cache import Cache
 from megaresid.model.mlp import MLP
 from megaresid.model.plan import ModelPlan
 from megaresid.residual.stream import SUBLAYERS, State
@@ -26,14 +29,17 @@ class Layer(nn.Module):
         self.kept = plan.side_kept(index)
         self.recompute = recompute
 
-    def forward(self, tensors: State | torch.Tensor) -> State:
+    def forward(self, tensors: State | torch.Tensor, cache: Cache | None = None) -> State:
         tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, *tensors, use_reentrant=False)
-        return self._run(*tensors)
+        return self._run(*tensors, cache=cache)
 
-    def _run(self, *tensors: torch.Tensor) -> State:
+    def _run(self, *tensors: torch.Tensor, cache: Cache | None = None) -> State:
         state, side = tensors[: self.state_length], tensors[self.state_length :]
+        # Sites act on each token alone: only the mixer has anything to carry on.
+        attention = self.attention if cache is None else partial(self.attention, cache=cache)
+        sublayers = {"attention": attention, "mlp": self.mlp}
         for kind, site in self.sites.items():
-            state, side = site(state, side, *(getattr(self, name) for name in SUBLAYERS[kind]))
+            state, side = site(state, side, *(sublayers[name] for name in SUBLAYERS[kind]))
         return (*state, *(side[position] for position in self.kept))

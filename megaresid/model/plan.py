@@ -1,10 +1,10 @@
 """The resolved model: shape and layer specs, checked before anything is built."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from megaresid.attention.mixer import MIXERS, Mixer, SideSpec
+from megaresid.attention.mixer import MIXERS, SEGMENT, Mixer, SideSpec
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, Opening, ResidualVariant, StateSpec
@@ -14,21 +14,33 @@ from megaresid.spec import Component, Options, fingerprint, parse_pattern
 class ModelPlan:
     """Which residual variant and which mixer every layer has.
 
-    ``residual`` and ``attention`` are patterns over the depth. Raises UserError for a shape that cannot be built,
-    an unknown component or option, residual variants that cannot follow each other, that share a module of one name, or
-    whose opening or end would be lost, and a residual variant with several inputs for a mixer that takes one.
+    ``residual`` and ``attention`` are patterns over the depth. ``positions`` are learned position embeddings; "auto" has
+    them where a mixer needs them. With ``documents`` no token sees another document's. Raises UserError for a shape that
+    cannot be built, an unknown component or option, residual variants that cannot follow each other, that share a module
+    of one name, or whose opening or end would be lost, a residual variant with several inputs for a mixer that takes
+    one, and a mixer that does not fit the shape or cannot keep documents apart.
     """
 
-    def __init__(self, shape: ModelShape, attention: str = "softmax", residual: str = "vanilla"):
+    def __init__(
+        self,
+        shape: ModelShape,
+        attention: str = "softmax",
+        residual: str = "vanilla",
+        positions: Literal["auto", "learned", "none"] = "auto",
+        documents: bool = False,
+    ):
         if shape.width % shape.heads:
             raise UserError(f"width {shape.width} is not divisible by heads {shape.heads}: change one of them")
-        self.shape = shape
+        self.shape, self.positions, self.documents = shape, positions, documents
         self._mixers = [MIXERS.resolve(c) for c in parse_pattern(attention).over(shape.layers)]
+        for cls, options in self._mixers:
+            cls.check(shape, options)
         self._residuals = self._resolve_residuals(residual)
         self._check_states()
         self._check_ends()
         self._check_shared()
         self._check_ways()
+        self._check_documents()
         self._sides = self._follow_sides()
 
     def _resolve_residuals(self, text: str) -> list[ResidualVariant]:
@@ -85,9 +97,24 @@ class ModelPlan:
                     f"v, and attention {component_name(mixer)!r} takes one: choose another of the two"
                 )
 
+    def _check_documents(self) -> None:
+        if not self.documents:
+            return
+        if self.shape.end_of_text >= self.shape.vocab_size:
+            raise UserError(
+                f"documents are kept apart at <|endoftext|>, id {self.shape.end_of_text}, which a vocabulary of "
+                f"{self.shape.vocab_size} has not: turn it off"
+            )
+        for layer, (mixer, _) in enumerate(self._mixers):
+            if SEGMENT not in mixer.reads:
+                raise UserError(
+                    f"layer {layer}: attention {component_name(mixer)!r} cannot keep documents apart: turn it off, or "
+                    "choose another"
+                )
+
     def _follow_sides(self) -> list[SideSpec]:
         """The side channel that enters each layer, and what leaves the last: only what a later layer reads."""
-        sides: list[SideSpec] = [()]
+        sides: list[SideSpec] = [((SEGMENT, ()),) if self.documents else ()]
         for layer, (mixer, options) in enumerate(self._mixers):
             later = {name for cls, _ in self._mixers[layer + 1 :] for name in cls.reads}
             made = mixer.side_spec(self.shape, options, sides[-1])
@@ -106,8 +133,10 @@ class ModelPlan:
 
     @property
     def has_positions(self) -> bool:
-        """Whether the model has learned position embeddings: when one of its mixers needs them."""
-        return any(cls.needs_positions for cls, _ in self._mixers)
+        """Whether the model has learned position embeddings."""
+        if self.positions == "auto":
+            return any(cls.needs_positions(options) for cls, options in self._mixers)
+        return self.positions == "learned"
 
     def mixer_of(self, layer: int) -> Mixer:
         cls, options = self._mixers[layer]
@@ -128,6 +157,8 @@ class ModelPlan:
         return {
             "schema": 1,
             "shape": self.shape.model_dump(),
+            "positions": self.has_positions,
+            "documents": self.documents,
             "layers": [
                 {
                     "attention": {"name": component_name(cls), **options.model_dump()},
@@ -145,9 +176,7 @@ class ModelPlan:
 
 def component_name(component: ResidualVariant | type[Mixer]) -> str:
     """The registered name of a component, or the import path of a user's own class (which may inherit a name)."""
-    cls, registry = (component, MIXERS) if isinstance(component, type) else (type(component), RESIDUALS)
-    name = getattr(cls, "name", None)
-    return name if registry.classes().get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    return MIXERS.name_of(component) if isinstance(component, type) else RESIDUALS.name_of(type(component))
 
 
 def _layout(spec: StateSpec) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 GPT2_VOCABULARY = 50_257
+GPT2_END_OF_TEXT = 50_256
 VOCABULARY_MULTIPLE = 128  # tensor cores want the embedding matrix's height in whole tiles
 
 
@@ -18,6 +19,7 @@ class ModelShape(BaseModel):
     width: int
     context: int
     vocab_size: int = GPT2_VOCABULARY
+    end_of_text: int = GPT2_END_OF_TEXT
     dropout: float = 0.0
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     norm_epsilon: float = 1e-5

@@ -54,7 +54,7 @@ def prepare(config: RunConfig) -> Prepared:
     run = config.run
     batch = plan_batch(config, ranks)
     ds_config = resolve(run.deepspeed_config, config, batch)
-    plan = ModelPlan(config.shape, config.model.attention, config.model.residual)
+    plan = config.plan()
     with torch.device("meta"):
         model = GPT(plan)
     check_states(plan)

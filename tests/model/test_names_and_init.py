@@ -72,8 +72,8 @@ def test_initial_values_depend_on_seed_and_name_alone(model):
 class Undeclared(Softmax):
     """A mixer whose author forgot to say how its gate starts."""
 
-    def __init__(self, shape, options, layer):
-        super().__init__(shape, options, layer)
+    def __init__(self, shape, options, layer, entering=()):
+        super().__init__(shape, options, layer, entering)
         self.gate = nn.Parameter(torch.empty(1))
 
 

@@ -1,0 +1,22 @@
+"""The elementwise functions that mixers' options name."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": lambda x: x,
+    "swish": functional.silu,
+    "silu": functional.silu,
+    "sigmoid": torch.sigmoid,
+    "relu": functional.relu,
+    "elu": functional.elu,
+    "elu_plus_one": lambda x: functional.elu(x) + 1,
+}
+
+
+def activation(name: str) -> Activation:
+    return ACTIVATIONS[name]
