@@ -63,6 +63,26 @@ class Mixer(nn.Module):
         ``cache``, x goes on where the last call with it ended."""
         raise NotImplementedError
 
+    @classmethod
+    def needs_of(cls, options: Options) -> str:
+        """``needs`` with these options; of a mixer that has others inside it, theirs."""
+        return cls.needs
+
+    @classmethod
+    def ways_of(cls, options: Options) -> bool:
+        """``ways`` with these options."""
+        return cls.ways
+
+    @classmethod
+    def reads_of(cls, options: Options) -> tuple[str, ...]:
+        """``reads`` with these options."""
+        return cls.reads
+
+    @classmethod
+    def decodes_of(cls, options: Options) -> bool:
+        """``decodes`` with these options."""
+        return cls.decodes
+
     def segment(self, side: Side) -> torch.Tensor | None:
         """The documents of the tokens, int32 [B, T], or None where they are not kept apart."""
         return None if self._segment_at is None else side[self._segment_at]

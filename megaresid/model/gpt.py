@@ -157,7 +157,8 @@ class GPT(nn.Module):
 
     def init_cache(self, length: int) -> ModelCache | None:
         """For a text of at most ``length`` tokens; None where a mixer cannot go on and the text must be run again."""
-        decodes = all(self.plan.mixer_class(layer)[0].decodes for layer in range(self.shape.layers))
+        mixers = (self.plan.mixer_class(layer) for layer in range(self.shape.layers))
+        decodes = all(cls.decodes_of(options) for cls, options in mixers)
         return ModelCache(self.shape.layers, length) if decodes else None
 
 

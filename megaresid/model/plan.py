@@ -90,8 +90,8 @@ class ModelPlan:
                 owners[name] = variant
 
     def _check_ways(self) -> None:
-        for layer, (variant, (mixer, _)) in enumerate(zip(self._residuals, self._mixers)):
-            if variant.ways and not mixer.ways:
+        for layer, (variant, (mixer, options)) in enumerate(zip(self._residuals, self._mixers)):
+            if variant.ways and not mixer.ways_of(options):
                 raise UserError(
                     f"layer {layer}: residual {component_name(variant)!r} gives attention separate inputs for q, k and "
                     f"v, and attention {component_name(mixer)!r} takes one: choose another of the two"
@@ -105,8 +105,8 @@ class ModelPlan:
                 f"documents are kept apart at <|endoftext|>, id {self.shape.end_of_text}, which a vocabulary of "
                 f"{self.shape.vocab_size} has not: turn it off"
             )
-        for layer, (mixer, _) in enumerate(self._mixers):
-            if SEGMENT not in mixer.reads:
+        for layer, (mixer, options) in enumerate(self._mixers):
+            if SEGMENT not in mixer.reads_of(options):
                 raise UserError(
                     f"layer {layer}: attention {component_name(mixer)!r} cannot keep documents apart: turn it off, or "
                     "choose another"
@@ -116,7 +116,7 @@ class ModelPlan:
         """The side channel that enters each layer, and what leaves the last: only what a later layer reads."""
         sides: list[SideSpec] = [((SEGMENT, ()),) if self.documents else ()]
         for layer, (mixer, options) in enumerate(self._mixers):
-            later = {name for cls, _ in self._mixers[layer + 1 :] for name in cls.reads}
+            later = {name for cls, chosen in self._mixers[layer + 1 :] for name in cls.reads_of(chosen)}
             made = mixer.side_spec(self.shape, options, sides[-1])
             sides.append(tuple(entry for entry in made if entry[0] in later))
         return sides
