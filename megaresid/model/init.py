@@ -12,6 +12,15 @@ weight of an output projection         N(0, 0.02 / sqrt(2 layers))    yes
 weight and bias of a LayerNorm         1 and 0                        no
 =====================================  =============================  ======
 
+The linear mixers', as in flash-linear-attention and Mamba-2 (Dao and Gu 2024):
+
+=====================================  =============================  ======
+weight of a short convolution          N(0, 0.02)                     yes
+weight of the norm of a head's output  1                              no
+``A_log``, whose exp scales a decay    log U(0, 16) or log U(1, 16)   no
+``dt_bias``, in the decay's softplus   softplus in [0.001, 0.1]       no
+=====================================  =============================  ======
+
 Output projections are those that write to the residual stream. What a residual variant or a mixer adds of its own
 is declared in its file by ``parameter_rules``, which goes before this table for the module and all below it; a variant
 may change the rules of the sublayers by ``sublayer_rule``. Each value is drawn on the CPU in fp32 from a generator
@@ -64,6 +73,39 @@ class XavierNormal:
 
 
 @dataclass(frozen=True)
+class LogUniform:
+    """The exp of an entry is uniform between ``low`` and ``high``, independently: log U(low, high)."""
+
+    low: float
+    high: float
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        # rand may be 0 and is never 1: taken from the upper end, low = 0 is never met, whose log is infinite.
+        return (self.high - (self.high - self.low) * torch.rand(shape, generator=generator)).log()
+
+    def __str__(self) -> str:
+        return f"log U({self.low:.3g}, {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class TimeStep:
+    """The softplus of an entry is log-uniform between ``low`` and ``high``, independently.
+
+    The step sizes of a discretised state space, as the code of Mamba draws them (Gu and Dao 2023, arXiv 2312.00752).
+    """
+
+    low: float = 0.001
+    high: float = 0.1
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        step = self.low * (self.high / self.low) ** torch.rand(shape, generator=generator)
+        return step.expm1().log()  # softplus(log(e^y - 1)) = y
+
+    def __str__(self) -> str:
+        return f"softplus in [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
 class Constant:
     """Every entry is ``value``."""
 
@@ -98,7 +140,7 @@ class Rule:
     ``epsilon_multiplier`` scales the epsilon of the Adam family.
     """
 
-    start: Normal | XavierNormal | Constant | Values
+    start: Normal | XavierNormal | LogUniform | TimeStep | Constant | Values
     decay: bool
     lr_multiplier: float = 1.0
     epsilon_multiplier: float = 1.0

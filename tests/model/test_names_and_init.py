@@ -9,7 +9,7 @@ from torch import nn
 from megaresid.attention.softmax import Softmax
 from megaresid.config import OptimizerOptions
 from megaresid.model.gpt import build, canonical_name, canonical_parameters, canonical_rules
-from megaresid.model.init import Constant, Normal, Rule, fill, generator_for
+from megaresid.model.init import Constant, LogUniform, Normal, Rule, TimeStep, fill, generator_for
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
@@ -67,6 +67,34 @@ def test_initial_values_depend_on_seed_and_name_alone(model):
     assert not torch.equal(theirs[name], canonical_parameters(other, other.prefixes)[name])
     first, second = (torch.rand(4, generator=generator_for(5, name)) for name in ("a", "b"))
     assert not torch.equal(first, second)
+
+
+def softplus(x):
+    return x.double().exp().log1p()
+
+
+LEVELS = {
+    LogUniform(0, 16): lambda x: x.double().exp() / 16,
+    LogUniform(1, 16): lambda x: (x.double().exp() - 1) / 15,
+    TimeStep(0.001, 0.1): lambda x: (softplus(x) / 0.001).log() / math.log(100),
+}
+"""The cumulative distribution function of each start, from its definition."""
+
+
+@pytest.mark.parametrize(("start", "level"), LEVELS.items(), ids=map(str, LEVELS))
+def test_starts_of_decays_have_their_distributions(start, level):
+    """Kolmogorov-Smirnov at a level of one in 10^4; one seed and name, one value."""
+    values = start.draw((20_000,), generator_for(5, "layers.00.attention.A_log"))
+    assert torch.equal(values, start.draw((20_000,), generator_for(5, "layers.00.attention.A_log")))
+    levels = level(values).sort().values
+    assert levels.min() >= -1e-5 and levels.max() <= 1 + 1e-5
+    steps = torch.arange(20_000, dtype=torch.float64) / 20_000
+    assert (levels - steps).abs().max() < 2.23 / math.sqrt(20_000)
+
+
+def test_a_log_never_starts_at_minus_infinity(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.zeros(shape))
+    assert torch.equal(LogUniform(0, 16).draw((3,), None), torch.full((3,), 16.0).log())
 
 
 class Undeclared(Softmax):
