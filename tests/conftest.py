@@ -1,7 +1,10 @@
 """Fixtures for every test."""
 
 import pytest
-from ranks import RankPool
+
+pytest.register_assert_rewrite("compiled", "courses")
+
+from ranks import RankPool  # noqa: E402
 
 
 @pytest.fixture(scope="session")

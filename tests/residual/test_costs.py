@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 import torch
+from small_models import loss_of, model_of
 from torch import Tensor, nn
-from variant_models import loss_of, model_of
 from variant_table import ROWS
 
 from megaresid.model.count import parameters_by_component

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from variant_models import IDX, gradients_of, logits_by_definition, loss_by_definition, loss_of, model_of
+from small_models import IDX, gradients_of, loss_of, model_of
+from variant_models import logits_by_definition, loss_by_definition
 from variant_table import ROWS
 
 from megaresid.residual.stream import RESIDUALS

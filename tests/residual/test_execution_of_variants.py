@@ -5,9 +5,10 @@ Away from initialisation, where nothing is hidden behind a zero.
 
 import pytest
 import torch
+from compiled import assert_compiles_to_one_graph
+from small_models import IDX, SHAPE, gradients_of, loss_of, model_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from variant_models import IDX, SHAPE, gradients_of, loss_of, model_of
 from variant_table import FAMILY_HEADS, ONE_OF_EACH, ROWS, quick
 
 from megaresid.model.gpt import canonical_rules
@@ -126,22 +127,8 @@ def test_no_coefficient_is_rounded_to_bf16_under_autocast(row):
 
 
 def compiled_equals_eager(row, layers: int, dtype: torch.dtype, tolerance: float, **options) -> None:
-    """The whole model, one graph of it, compiled: loss and gradients."""
     model = model_of(row.spec, SHAPE.model_copy(update={"layers": layers}), dtype=dtype, step=row.step)
-    loss = loss_of(model)
-    expected = gradients_of(model, loss)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled_loss = loss_of(torch.compile(model, fullgraph=True, **options))
-    found = gradients_of(model, compiled_loss)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert compiled_loss.item() == pytest.approx(loss.item(), rel=tolerance)
-    scale = max(gradient.norm() for gradient in expected.values() if gradient is not None)
-    for name, gradient in expected.items():
-        wanted = torch.tensor(0.0) if gradient is None else gradient
-        given = torch.tensor(0.0) if found[name] is None else found[name]
-        assert (given - wanted).norm() < tolerance * max(wanted.norm(), 1e-3 * scale), name
+    assert_compiles_to_one_graph(model, tolerance, **options)
 
 
 @pytest.mark.parametrize("row", quick(ONE_OF_EACH), ids=str)

@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from variant_models import IDX, SHAPE, gradients_of, layer_norm, loss_of, model_of
+from small_models import IDX, SHAPE, gradients_of, loss_of, model_of
+from variant_models import layer_norm
 
 from megaresid.model.gpt import canonical_parameters
 from megaresid.model.plan import ModelPlan

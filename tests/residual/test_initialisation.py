@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from variant_models import IDX, SHAPE, gradients_of, loss_of, model_of
+from small_models import IDX, SHAPE, gradients_of, loss_of, model_of
 from variant_table import ROWS
 
 from megaresid.model.plan import ModelPlan

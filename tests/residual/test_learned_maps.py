@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from variant_models import IDX, SHAPE, loss_of, model_of
+from small_models import IDX, SHAPE, loss_of, model_of
 
 from megaresid.errors import UserError
 from megaresid.model.gpt import canonical_parameters, canonical_rules

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from variant_models import IDX, SHAPE, model_of
+from small_models import IDX, SHAPE, model_of
 
 from megaresid.errors import UserError
 from megaresid.model.gpt import build, canonical_parameters, canonical_rules

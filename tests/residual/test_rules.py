@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from variant_models import SHAPE
+from small_models import SHAPE
 from variant_row import Row
 from variant_table import ROWS
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from variant_models import IDX, SHAPE, gradients_of, layer_norm, loss_of, model_of
+from small_models import IDX, SHAPE, gradients_of, loss_of, model_of
+from variant_models import layer_norm
 
 from megaresid.config import OptimizerOptions
 from megaresid.errors import UserError

@@ -1,10 +1,10 @@
 """Vanilla through the interface is the block that one would write by hand: the same operations, the same tensors kept."""
 
 import torch
+from small_models import IDX, SHAPE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from variant_models import IDX, SHAPE
 
 from megaresid.attention.softmax import Softmax
 from megaresid.model.gpt import build

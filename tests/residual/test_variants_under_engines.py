@@ -1,39 +1,33 @@
 """Every variant trains under ZeRO 1, 2 and 3 on two ranks, and in a pipeline of two stages cut at each boundary of its
 layers, as the plain module does in a plain loop; and goes on from a checkpoint bitwise.
-
-In fp32, away from initialisation, with SGD: AdamW hides a wrong scale of a gradient, and makes steps of the rounding in
-one that is zero.
 """
 
 import functools
-import json
-from pathlib import Path
 from unittest import mock
 
-import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
-from deepspeed.utils import groups
-from variant_models import SHAPE, model_of, move_away
-from variant_row import Case
+from courses import (
+    ADAMW,
+    SGD,
+    assert_pipeline_trains,
+    assert_resumes_bitwise,
+    assert_same_course,
+    mean_over_ranks,
+    micro_batches,
+    run_steps,
+    shape_of,
+    start_engine,
+    train_and_resume,
+    train_under_zero,
+)
+from small_models import SHAPE, Case
 from variant_table import FAMILY_HEADS, ONE_OF_EACH, ROWS
 
-from megaresid.config import RunConfig, from_flat
 from megaresid.errors import UserError
-from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules, set_step
 from megaresid.model.pipeline import pipeline_module
 from megaresid.model.plan import ModelPlan
-from megaresid.model.presets import ModelShape
-from megaresid.training.checkpoint import load_checkpoint, read_parameters, save_checkpoint
-from megaresid.training.ds_config import plan_batch, resolve
-from megaresid.training.engine import Engine
-from megaresid.training.optimizer import parameter_groups
 
-STEPS, STOP, GLOBAL_BATCH, RATE, DECAY, AWAY = 5, 2, 4, 0.01, 0.1, 0.1
-SGD = {"type": "SGD", "params": {"momentum": 0.9}}
-ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
 MIXERS = ("value_residual", "value_residual(learned=true)")  # that stand for a residual scheme
 CASES = {str(row): row.case for row in ROWS} | {mixer: Case("vanilla", mixer, layers=3, step=0) for mixer in MIXERS}
 
@@ -48,133 +42,6 @@ HEADS = {str(row) for row in FAMILY_HEADS}
 QUICK = {*map(str, ONE_OF_EACH), *MIXERS}
 SHARED = {name for name in CASES if name.startswith("shared_token_gate")}
 
-Course = list[tuple[float, float]]
-"""Of each step, the loss over the global batch and the norm of its gradient."""
-
-
-def shape_of(case: Case) -> ModelShape:
-    return SHAPE.model_copy(update={"layers": case.layers})
-
-
-def model_to_train(case: Case) -> GPT:
-    return model_of(case.residual, shape_of(case), away=AWAY, dtype=torch.float32, attention=case.attention)
-
-
-def configuration(case: Case, **options) -> RunConfig:
-    shape = {"model": "tiny", "layers": case.layers, "heads": SHAPE.heads, "width": SHAPE.width}
-    batch = {"context": SHAPE.context, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2}
-    optimizer = {"learning_rate": RATE, "weight_decay": DECAY, "clip": 0.0}
-    return from_flat(shape | batch | optimizer | {"steps": STEPS} | options, "test")
-
-
-def tokens(step: int) -> torch.Tensor:
-    """The global batch of a step [GLOBAL_BATCH, context + 1]."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(SHAPE.vocab_size, (GLOBAL_BATCH, SHAPE.context + 1), generator=generator)
-
-
-def micro_batches(rows: slice, first: int):
-    """Those ``rows`` of every step's batch, from step ``first`` on."""
-    for step in range(first, STEPS):
-        idx = tokens(step)[rows]
-        yield idx[:, :-1], idx[:, 1:]
-
-
-@functools.cache
-def plain_course(case: Case) -> Course:
-    """The definition: full logits, PyTorch's own loss and SGD, and the rules of each parameter by itself."""
-    model = model_to_train(case)
-    rules = canonical_rules(model, model.prefixes, model.plan)
-    stepper = torch.optim.SGD(
-        [
-            {
-                "params": [parameter],
-                "lr": RATE * rules[name].lr_multiplier,
-                "weight_decay": DECAY if rules[name].decay else 0.0,
-            }
-            for name, parameter in canonical_parameters(model, model.prefixes).items()
-        ],
-        momentum=0.9,
-    )
-    course = []
-    for step in range(STEPS):
-        set_step(model, case.step + step)
-        idx = tokens(step)
-        loss = torch.nn.functional.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        stepper.step()
-        stepper.zero_grad()
-        course.append((loss.item(), norm.item()))
-    return course
-
-
-def assert_same_course(found: Course, case: Case) -> None:
-    for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(zip(found, plain_course(case), strict=True)):
-        assert loss == pytest.approx(expected_loss, rel=1e-4), f"step {step}"
-        assert norm == pytest.approx(expected_norm, rel=1e-5), f"step {step}"
-
-
-def start_engine(case: Case, stage: int, folder: str, optimizer: dict = SGD, **options) -> Engine:
-    """On every rank, an engine whose model is away from initialisation; ZeRO-3 cuts up small parameters too."""
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    path = Path(folder) / f"rank{dist.get_rank()}.json"
-    tree = {"optimizer": optimizer, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
-    path.write_text(json.dumps(tree))
-    config = configuration(case, **options)
-    batch = plan_batch(config, dist.get_world_size())
-    model = model_to_train(case)
-    with mock.patch("megaresid.training.engine.build", lambda *_: model):
-        return Engine(model.plan, config, resolve(path, config, batch), batch)
-
-
-def run_steps(engine: Engine, offset: int, first: int, last: int) -> Course:
-    """(This rank's loss, gradient norm) of steps [first, last)."""
-    share = GLOBAL_BATCH // dist.get_world_size()
-    rank, course = dist.get_rank(), []
-    source = micro_batches(slice(share * rank, share * (rank + 1)), first)
-    for step in range(first, last):
-        engine.set_step(offset + step)
-        result = engine.train_step(source, RATE)
-        course.append((result.loss.item(), result.gradient_norm))
-    return course
-
-
-def save(engine: Engine, folder: str, step: int) -> Path:
-    return save_checkpoint(engine.deepspeed, engine.parameters, Path(folder), step=step, counters={}, identity={})
-
-
-def train_under_zero(case: Case, stage: int, folder: str) -> Course:
-    """Runs on every rank."""
-    engine = start_engine(case, stage, folder)
-    if stage == 3:
-        assert not any(p.numel() for p in engine.parameters.values()), "a parameter is whole"
-    course = run_steps(engine, case.step, 0, STEPS)
-    engine.deepspeed.destroy()
-    return course
-
-
-def train_and_resume(case: Case, stage: int, optimizer: dict, folder: str):
-    """Runs on every rank: the course of an uninterrupted run, of what a second engine makes of its checkpoint, and the
-    parameters at the end of both."""
-    engine = start_engine(case, stage, folder, optimizer)
-    course = run_steps(engine, case.step, 0, STOP)
-    stopped = save(engine, f"{folder}/whole", STOP)
-    course += run_steps(engine, case.step, STOP, STEPS)
-    end = read_parameters(save(engine, f"{folder}/whole", STEPS))
-    engine.deepspeed.destroy()
-    engine = start_engine(case, stage, folder, optimizer)
-    load_checkpoint(engine.deepspeed, engine.parameters, stopped)
-    resumed = run_steps(engine, case.step, STOP, STEPS)
-    resumed_end = read_parameters(save(engine, f"{folder}/resumed", STEPS))
-    engine.deepspeed.destroy()
-    return course, resumed, end, resumed_end
-
-
-def mean_over_ranks(first: Course, second: Course) -> Course:
-    return [((a + b) / 2, norm) for (a, norm), (b, _) in zip(first, second, strict=True)]
-
-
 @pytest.mark.parametrize("case", quick(HEADS))
 def test_zero_2_trains_as_a_plain_loop(case, ranks2, tmp_path):
     """It differs from ZeRO 1 in when gradients are reduced, which is no matter of the variant: few of them, quickly."""
@@ -184,14 +51,6 @@ def test_zero_2_trains_as_a_plain_loop(case, ranks2, tmp_path):
 @pytest.mark.parametrize("case", quick(QUICK))
 def test_zero_3_trains_as_a_plain_loop(case, ranks2, tmp_path):
     assert_same_course(mean_over_ranks(*ranks2.run(train_under_zero, case, 3, str(tmp_path))), case)
-
-
-def assert_resumes_bitwise(of_ranks) -> None:
-    for course, resumed, end, resumed_end in of_ranks:
-        assert resumed == course[STOP:]
-        assert end.keys() == resumed_end.keys()
-        for name, parameter in end.items():
-            assert torch.equal(parameter, resumed_end[name]), name
 
 
 @pytest.mark.parametrize("case", quick(HEADS))
@@ -204,57 +63,6 @@ def test_zero_1_trains_as_a_plain_loop_and_a_resumed_run_repeats_it_bitwise(case
 @pytest.mark.parametrize("case", quick(HEADS))
 def test_a_run_under_zero_3_with_adamw_resumes_bitwise(case, ranks2, tmp_path):
     assert_resumes_bitwise(ranks2.run(train_and_resume, case, 3, ADAMW, str(tmp_path)))
-
-
-class Cut(PipelineModule):
-    """Two stages; ``partition_method`` says where the second begins."""
-
-    def _partition_layers(self, method):
-        self.parts = [0, int(method), len(self._layer_specs)]
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-
-def stage_norm(parameters: dict[str, torch.nn.Parameter]) -> float:
-    """The norm of the whole model's gradient, from what each stage has; the tied matrix counts once."""
-    first = dist.get_rank() == 0
-    mine = [p.grad for name, p in parameters.items() if p.grad is not None and (first or name != "embed.tokens.weight")]
-    square = torch.nn.utils.get_total_norm(mine).square()
-    dist.all_reduce(square)
-    return square.sqrt().item()
-
-
-def train_in_two_stages(case: Case, cut: int) -> Course:
-    """Runs on every rank, one stage each: the second begins at part ``cut`` of the model."""
-    plan, config = ModelPlan(shape_of(case), case.attention, case.residual), configuration(case)
-    # DeepSpeed remembers a pipeline's ranks for every later engine of the process.
-    with mock.patch("megaresid.model.pipeline.PipelineModule", Cut), mock.patch.object(groups, "mpu", None):
-        module, prefixes = pipeline_module(plan, stages=2, seed=0, partition_method=str(cut))
-        parameters = canonical_parameters(module, prefixes)
-        move_away(parameters, AWAY, SHAPE.vocab_size)
-        rules = canonical_rules(module, prefixes, plan)
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=parameter_groups(parameters, rules, config.optimizer),
-            config={
-                "train_batch_size": GLOBAL_BATCH,
-                "train_micro_batch_size_per_gpu": 2,
-                "gradient_accumulation_steps": GLOBAL_BATCH // 2,
-                "optimizer": {"type": "SGD", "params": {"momentum": 0.9, "lr": RATE}},
-                "gradient_clipping": 0.0,
-                "zero_optimization": {"stage": 0},
-                "steps_per_print": None,
-            },
-        )
-        norms = []
-        engine.optimizer.register_step_pre_hook(lambda *_: norms.append(stage_norm(parameters)))
-        losses = []
-        for step in range(STEPS):
-            set_step(module, case.step + step)
-            pairs = [(rows[:, :-1], rows[:, 1:]) for rows in tokens(step).split(2)]
-            losses.append(engine.train_batch(iter(pairs)).item())
-        engine.destroy()
-    return list(zip(losses, norms, strict=True))
 
 
 @pytest.mark.parametrize("case", quick(QUICK))
@@ -274,12 +82,6 @@ def test_two_pipeline_stages_may_be_cut_anywhere(case, ranks2):
     for cut in range(2, case.layers + 3):
         if cut != 2 + case.layers // 2:
             assert_pipeline_trains(case, cut, ranks2)
-
-
-def assert_pipeline_trains(case: Case, cut: int, ranks) -> None:
-    first, second = ranks.run(train_in_two_stages, case, cut)
-    assert first == second
-    assert_same_course(first, case)
 
 
 def site_classes(case: Case, layers: int) -> set[type]:

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import IDX, SHAPE, loss_of, model_of
 from test_initialisation import EXACT_SHAPE, deviation
 from torch import Tensor
-from variant_models import IDX, SHAPE, loss_of, model_of
 from variant_row import Row
 
 from megaresid.errors import UserError

@@ -2,16 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class Case(NamedTuple):
-    """What another process needs to train a row's variant: layer specs, depth, and the optimizer step to start from."""
-
-    residual: str
-    attention: str
-    layers: int
-    step: int
+from small_models import Case
 
 
 @dataclass(frozen=True)
