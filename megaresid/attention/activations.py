@@ -1,6 +1,7 @@
 """The elementwise functions that mixers' options name."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -16,6 +17,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "elu": functional.elu,
     "elu_plus_one": lambda x: functional.elu(x) + 1,
 }
+
+ActivationName = Literal[*ACTIVATIONS]
+"""Type of an option that names one."""
 
 
 def activation(name: str) -> Activation:

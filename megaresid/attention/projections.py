@@ -1,0 +1,89 @@
+"""What the linear mixers have in common around the recurrence: inputs, heads, and where a call goes on."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from megaresid.attention.cache import Cache
+from megaresid.attention.mixer import SEGMENT, Inputs, Mixer
+from megaresid.attention.recurrence import recurrence
+from megaresid.errors import UserError
+from megaresid.model.presets import ModelShape
+
+
+class LinearMixer(Mixer):
+    """A mixer around ``recurrence``. Of three inputs (x_q, x_k, x_v), q comes from x_q; k and what says how long a key
+    is kept or how strongly it is written (decay, beta) from x_k; v and the output gate from x_v."""
+
+    ways = True
+    reads = (SEGMENT,)
+    decodes = True
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor | None = None,
+        beta: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+        segment: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """The outputs [B, T, H, V] of ``recurrence``, whose state goes on where the last call with the cache ended.
+
+        The state in the cache belongs to the document of the last token before: another one starts from zero.
+        """
+        state = None if cache is None else cache.tensors.get("state")
+        if state is not None and segment is not None:
+            same = segment[:, 0] == cache.tensors["document"]
+            state = state.masked_fill(~same[:, None, None, None], 0)
+        o, state = recurrence(q, k, v, g, beta, scale=scale, state=state, segment=segment)
+        if cache is not None:
+            cache.tensors["state"] = state
+            if segment is not None:
+                cache.tensors["document"] = segment[:, -1].clone()
+        return o
+
+
+class Sizes(NamedTuple):
+    """Heads, and the widths of a head's keys and values."""
+
+    heads: int
+    keys: int
+    values: int
+
+
+def head_sizes(
+    mixer: str, shape: ModelShape, heads: int | None, expand_k: float = 1.0, expand_v: float = 1.0
+) -> Sizes:
+    """Of a mixer whose keys are ``expand_k`` and whose values are ``expand_v`` times as wide as the model, over all
+    heads. Raises UserError, with the ``mixer``'s name, where the heads do not divide one of them."""
+    heads = shape.heads if heads is None else heads
+    each = []
+    for option, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
+        width = shape.width * expand
+        if not math.isclose(width, round(width)) or round(width) % heads:
+            raise UserError(
+                f"attention {mixer!r}: {option}={expand:g} of width {shape.width} is {width:g}, which {heads} heads do "
+                f"not divide: change heads or {option}"
+            )
+        each.append(round(width) // heads)
+    return Sizes(heads, *each)
+
+
+def three(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs of q, k and v, which may be one."""
+    return x if isinstance(x, tuple) else (x, x, x)
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, T, H D] -> [B, T, H, D]."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32 or wider: for what makes a decay or a beta."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
