@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from small_models import gradients_of, loss_of
+from small_models import IDX, gradients_of, loss_of
 
 from megaresid.model.gpt import GPT
 
 
-def assert_compiles_to_one_graph(model: GPT, tolerance: float, **options) -> None:
+def assert_compiles_to_one_graph(model: GPT, tolerance: float, idx: torch.Tensor = IDX, **options) -> None:
     """The whole model compiled: loss and gradients are those of the model itself."""
-    loss = loss_of(model)
+    loss = loss_of(model, idx)
     expected = gradients_of(model, loss)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled_loss = loss_of(torch.compile(model, fullgraph=True, **options))
+    compiled_loss = loss_of(torch.compile(model, fullgraph=True, **options), idx)
     found = gradients_of(model, compiled_loss)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
