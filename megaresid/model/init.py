@@ -29,6 +29,7 @@ seeded by the run's seed and the parameter's canonical name, so what two variant
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,8 @@ import torch
 from torch import nn
 
 STD = 0.02
-OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.proj.weight")
+OUTPUT_PROJECTION = re.compile(r"(?:.+\.)?(?:attention\.(?:\w+\.)*o_proj|mlp\.proj)\.weight")
+"""By a canonical name or its end; also those of mixers inside a mixer, ``attention.a.o_proj.weight``."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def owned_rules(module: nn.Module, layers: int, prefix: str) -> dict[str, Rule]:
     ``prefix`` is the module's canonical name; ``layers`` scales the output projections.
     """
     if isinstance(module, nn.Linear):
-        scale = 1 / math.sqrt(2 * layers) if f"{prefix}.weight".endswith(OUTPUT_PROJECTIONS) else 1.0
+        scale = 1 / math.sqrt(2 * layers) if OUTPUT_PROJECTION.fullmatch(f"{prefix}.weight") else 1.0
         return {"weight": Rule(Normal(STD * scale), decay=True), "bias": Rule(Constant(0.0), decay=False)}
     if isinstance(module, nn.LayerNorm):
         return {"weight": Rule(Constant(1.0), decay=False), "bias": Rule(Constant(0.0), decay=False)}
@@ -164,7 +166,7 @@ def owned_rules(module: nn.Module, layers: int, prefix: str) -> dict[str, Rule]:
 
 def output_projections_at(std: float, name: str, rule: Rule) -> Rule:
     """``rule`` of a sublayer's parameter ``name``; an output projection starts at N(0, ``std``)."""
-    return replace(rule, start=Normal(std)) if name in OUTPUT_PROJECTIONS else rule
+    return replace(rule, start=Normal(std)) if OUTPUT_PROJECTION.fullmatch(name) else rule
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
