@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from megaresid.attention.chunks import by_chunks
+
 
 class Kind(NamedTuple):
     """One recurrence: its decay ("head" and "channel" are a token's own), whether it has the delta rule, and the sizes
@@ -48,7 +50,8 @@ def recurrence(
     from. ``segment`` int32 [B, T] keeps documents apart: the state starts from zero at every token whose number is not
     that of the token before; ``state`` belongs to the document of the first token.
     """
-    return by_steps(q, k, v, g, beta, scale=scale, state=state, segment=segment)
+    form = by_steps if q.shape[1] == 1 else by_chunks
+    return form(q, k, v, g, beta, scale=scale, state=state, segment=segment)
 
 
 def by_steps(q, k, v, g=None, beta=None, *, scale=None, state=None, segment=None):
