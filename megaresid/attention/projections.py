@@ -4,21 +4,28 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import SEGMENT, Inputs, Mixer
 from megaresid.attention.recurrence import recurrence
+from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
+from megaresid.spec import Options
 
 
 class LinearMixer(Mixer):
-    """A mixer around ``recurrence``. Of three inputs (x_q, x_k, x_v), q comes from x_q; k and what says how long a key
-    is kept or how strongly it is written (decay, beta) from x_k; v and the output gate from x_v."""
+    """A mixer around ``recurrence``, which runs with ``heads`` heads.
+
+    Of three inputs (x_q, x_k, x_v), q comes from x_q; k and what says how long a key is kept or how strongly it is
+    written (decay, beta) from x_k; v and the output gate from x_v.
+    """
 
     ways = True
     reads = (SEGMENT,)
     decodes = True
+    heads: int
 
     def recur(
         self,
@@ -46,6 +53,17 @@ class LinearMixer(Mixer):
             if segment is not None:
                 cache.tensors["document"] = segment[:, -1].clone()
         return o
+
+    @classmethod
+    def flops_per_token(cls, shape: ModelShape, options: Options) -> int:
+        """A multiply-add for each weight of a linear map and of a short convolution, and the recurrence."""
+        from megaresid.attention.recurrence import recurrence_flops
+
+        with torch.device("meta"):  # only the sizes of the weights are asked for
+            mixer = cls(shape, options, 0)
+        maps = [module for module in mixer.modules() if isinstance(module, nn.Linear | ShortConvolution)]
+        recurrences = sum(recurrence_flops(kind, mixer.heads) for kind in cls.kinds(shape, options))
+        return 2 * sum(module.weight.numel() for module in maps) + recurrences
 
 
 class Sizes(NamedTuple):
@@ -87,3 +105,17 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32 or wider: for what makes a decay or a beta."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class NoConvolution(nn.Module):
+    """Stands where a mixer could have a short convolution: gives its input back."""
+
+    def forward(
+        self, x: torch.Tensor, segment: torch.Tensor | None = None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        return x
+
+
+def convolution(use: bool, channels: int, kernel: int, act: str = "swish") -> ShortConvolution | NoConvolution:
+    return ShortConvolution(channels, kernel, act) if use else NoConvolution()
+

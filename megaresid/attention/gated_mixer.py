@@ -1,0 +1,111 @@
+"""The block that retention, lightning attention, simple GLA and GLA share: they differ in their decay."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from megaresid import spec
+from megaresid.attention.activations import ActivationName, activation
+from megaresid.attention.cache import Cache
+from megaresid.attention.mixer import Inputs, Side, SideSpec
+from megaresid.attention.output_norm import OutputNorm
+from megaresid.attention.projections import (
+    LinearMixer,
+    Sizes,
+    convolution,
+    head_sizes,
+    split_heads,
+    three,
+)
+from megaresid.attention.recurrence import Kind
+from megaresid.model.presets import ModelShape
+
+
+class GatedOptions(spec.Options):
+    heads: int | None = Field(default=None, ge=1)
+    """Heads; none: those of the model's shape."""
+    expand_k: float = Field(default=0.5, gt=0)
+    """Width of the keys of all heads, in widths of the model."""
+    expand_v: float = Field(default=1.0, gt=0)
+    """Width of the values of all heads, in widths of the model."""
+    feature_map: ActivationName = "identity"
+    """A function of queries and keys."""
+    use_short_conv: bool = False
+    """Whether queries, keys and values each pass a short causal convolution and swish."""
+    conv_size: int = Field(default=4, ge=1)
+    """Tokens that the short convolution sees."""
+    use_output_gate: bool = True
+    """Whether outputs are multiplied by gate_fn(W_g x)."""
+    gate_fn: ActivationName = "swish"
+    """The function of the output gate."""
+
+
+class GatedMixer(LinearMixer):
+    """y = W_o (norm(o) * gate_fn(W_g x)), with o the recurrence of phi(W_q x), phi(W_k x), W_v x and ``decay``.
+
+    The norm is an RMS norm of each head. No Linear of the block has a bias.
+    """
+
+    Options = GatedOptions
+    decays: ClassVar[str]
+    """``Kind.decay``."""
+
+    def __init__(self, shape: ModelShape, options: GatedOptions, layer: int, entering: SideSpec = ()):
+        super().__init__(shape, options, layer, entering)
+        self.heads, keys, values = self.sizes(shape, options)
+        self.feature_map = activation(options.feature_map)
+        for name, width in (("q", keys), ("k", keys), ("v", values)):
+            channels = self.heads * width
+            self.add_module(f"{name}_proj", nn.Linear(shape.width, channels, bias=False))
+            self.add_module(f"{name}_conv1d", convolution(options.use_short_conv, channels, options.conv_size))
+        gated = options.use_output_gate
+        self.g_proj = nn.Linear(shape.width, self.heads * values, bias=False) if gated else None
+        # flash-linear-attention names the norm by whether it is fused with the gate there.
+        self.norm_name = "g_norm_swish_gate" if gated and options.gate_fn == "swish" else "g_norm"
+        self.add_module(self.norm_name, OutputNorm(values, act=options.gate_fn))
+        self.o_proj = nn.Linear(self.heads * values, shape.width, bias=False)
+
+    def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
+        x_q, x_k, x_v = three(x)
+        segment = self.segment(side)
+        q = self.feature_map(self.heads_of("q", x_q, segment, cache))
+        k = self.feature_map(self.heads_of("k", x_k, segment, cache))
+        v = self.heads_of("v", x_v, segment, cache)
+        q, k = self.placed(q, k, cache)
+        o = self.recur(q, k, v, self.decay(x_k), segment=segment, cache=cache)
+        gate = None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
+        o = self.get_submodule(self.norm_name)(o, gate)
+        return self.o_proj(o.flatten(-2)), side
+
+    def heads_of(
+        self, name: str, x: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """q, k or v by ``name``, [B, T, H, D], after its convolution."""
+        tail = None if cache is None else cache.inside(f"{name}_conv1d")
+        z = self.get_submodule(f"{name}_proj")(x)
+        return split_heads(self.get_submodule(f"{name}_conv1d")(z, segment, tail), self.heads)
+
+    def placed(
+        self, q: torch.Tensor, k: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k [B, T, H, K] with their positions, where a mixer has such."""
+        return q, k
+
+    def decay(self, x: torch.Tensor) -> torch.Tensor:
+        """The logarithm g of the decay for the tokens x [B, T, C], as ``recurrence`` takes it."""
+        raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, shape: ModelShape, options: GatedOptions) -> Sizes:
+        return head_sizes(cls.name, shape, options.heads, options.expand_k, options.expand_v)
+
+    @classmethod
+    def check(cls, shape: ModelShape, options: GatedOptions) -> None:
+        cls.sizes(shape, options)
+
+    @classmethod
+    def kinds(cls, shape: ModelShape, options: GatedOptions) -> frozenset[Kind]:
+        _, keys, values = cls.sizes(shape, options)
+        return frozenset({Kind(cls.decays, False, keys, values)})
