@@ -21,7 +21,8 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,6 +34,7 @@ NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 WORD = r"[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?"
 TOKEN = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{WORD})|(?P<mark>[()=,*+|-]))")
 LONGEST_NUMBER = 100  # characters
+DEEPEST = 20  # components in each other
 
 
 class Options(BaseModel):
@@ -56,7 +58,7 @@ class Component:
     arguments: tuple[Value, ...] = ()
 
     def __str__(self) -> str:
-        written = [*map(_print, self.arguments), *(f"{key}={_print(value)}" for key, value in self.options)]
+        written = [*map(write, self.arguments), *(f"{key}={write(value)}" for key, value in self.options)]
         return f"{self.name}({', '.join(written)})" if written else self.name
 
 
@@ -91,23 +93,26 @@ class Pattern:
         return [component for _, component in (*self.first, *self.terms, *self.last)]
 
     def __str__(self) -> str:
-        parts = self.first, self.terms, self.last
-        return _print_terms(self.terms) if not (self.first or self.last) else " | ".join(map(_print_terms, parts)).strip()
+        if not (self.first or self.last):
+            return _print_terms(self.terms)
+        return " | ".join(map(_print_terms, (self.first, self.terms, self.last))).strip()
 
 
 def _print_terms(terms: Terms) -> str:
     return " + ".join(f"{count}*{component}" if count > 1 else str(component) for count, component in terms)
 
 
-def _print(value: Value) -> str:
-    return str(value) if isinstance(value, str | Component) else json.dumps(value).replace("null", "none")
+def write(value: Value) -> str:
+    """A value as a user writes it."""
+    plain = value is None or isinstance(value, bool | int | float)
+    return json.dumps(value).replace("null", "none") if plain else str(value)
 
 
 class _Reader:
     """Reads tokens of one spec from left to right; every error shows the text and the place."""
 
     def __init__(self, text: str):
-        self.text, self.position = text, 0
+        self.text, self.position, self.depth = text, 0, 0
 
     def fail(self, what: str):
         raise UserError(f"layer spec {self.text!r}: {what} at character {self.position + 1}")
@@ -140,7 +145,8 @@ class _Reader:
             self.fail("expected a number")
         if (word := self.take("word")) is not None:
             if self.peek() and self.peek()["mark"] == "(":
-                return self.component_named(word)
+                component = self.component_named(word)
+                return component if component.options or component.arguments else word
             return {"true": True, "false": False, "none": None}.get(word.lower(), word)
         self.fail("expected a value")
 
@@ -154,6 +160,9 @@ class _Reader:
         options: dict[str, Value] = {}
         arguments: list[Value] = []
         if self.take("mark", "("):
+            if self.depth == DEEPEST:
+                self.fail(f"more than {DEEPEST} components in each other")
+            self.depth += 1
             while not self.take("mark", ")"):
                 key = self.key()
                 if key is None:
@@ -166,6 +175,7 @@ class _Reader:
                     options[key] = self.value()
                 if not self.take("mark", ",") and not (self.peek() and self.peek()["mark"] == ")"):
                     self.fail("expected ',' or ')'")
+            self.depth -= 1
         return Component(name, tuple(options.items()), tuple(arguments))
 
     def key(self) -> str | None:
@@ -184,7 +194,6 @@ class _Reader:
         if not number.isdigit() or int(number) < 1 or not self.take("mark", "*"):
             self.fail("expected a count of layers such as 3*name")
         return int(number), self.component()
-
 
     def terms(self) -> Terms:
         terms = [self.term()]
@@ -215,6 +224,13 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(terms, first, last)
 
 
+class Preset(NamedTuple):
+    """A component written out, and what it is in words."""
+
+    text: str
+    words: str
+
+
 class Registry:
     """The named components of one package, subclasses of ``base`` (``module:Class``). Importing a file of the package
     registers what it defines, so that adding a component touches that file alone."""
@@ -222,7 +238,7 @@ class Registry:
     def __init__(self, kind: str, package: str, base: str):
         self.kind, self.package, self.base = kind, package, base
         self._classes: dict[str, type] = {}
-        self._presets: dict[str, str] = {}
+        self._presets: dict[str, Preset] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: ``name`` is what a user writes in a spec."""
@@ -236,18 +252,18 @@ class Registry:
 
         return add
 
-    def preset(self, name: str, text: str) -> None:
-        """Let ``name`` stand for the component that ``text`` writes out."""
+    def preset(self, name: str, text: str, words: str) -> None:
+        """Let ``name`` stand for the component that ``text`` writes out; ``words`` say what it is."""
         if name in self._presets:
             raise ValueError(f"two {self.kind} presets are named {name!r}")
-        self._presets[name] = text
+        self._presets[name] = Preset(text, words)
 
     def classes(self) -> dict[str, type]:
         """All registered classes by name, in the order of their files."""
         self._import_all()
         return self._classes
 
-    def presets(self) -> dict[str, str]:
+    def presets(self) -> dict[str, Preset]:
         """What each preset's name stands for."""
         self._import_all()
         return self._presets
@@ -281,9 +297,9 @@ class Registry:
         return cls, self._check(cls, component)
 
     def _written_out(self, component: Component) -> Component:
-        text = self.presets().get(component.name)
-        if text is None:
+        if component.name not in self.presets():
             return component
+        text = self.presets()[component.name].text
         if component.options or component.arguments:
             raise UserError(f"{self.kind} preset {component.name!r} takes no options: write out {text!r} and change it")
         ((_, written_out),) = parse_pattern(text).terms
@@ -326,16 +342,26 @@ class Registry:
                 hint = suggestion(option, fields) if fields else "it takes no options"
                 raise UserError(f"{self.kind} {component.name!r} has no option {option!r}: {hint}") from None
             field = fields[option]
-            kind = field.annotation
-            kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            kind = type_name(field.annotation)
             if field.is_required():
                 default = "no default"
-                found = f"{option}={_print(given[option])} is not valid" if option in given else f"{option} is missing"
+                found = f"{option}={write(given[option])} is not valid" if option in given else f"{option} is missing"
             else:
-                default, found = f"default {_print(field.default)}", f"{option}={_print(problem['input'])} is not valid"
+                default, found = f"default {write(field.default)}", f"{option}={write(problem['input'])} is not valid"
             raise UserError(
                 f"{self.kind} {component.name!r}: {found} ({problem['msg']}; type {kind}, {default})"
             ) from None
+
+
+def type_name(annotation: Any) -> str:
+    """The type of an option as a user reads it: the choices where there are some, and a class by its ``written_as``."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(write, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(type_name, get_args(annotation)))
+    if annotation is NoneType:
+        return "none"
+    return getattr(annotation, "written_as", None) or getattr(annotation, "__name__", str(annotation))
 
 
 def _import(path: str) -> Any:

@@ -1,6 +1,7 @@
 """The interface of mixers: what carries information between tokens."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from megaresid.attention.cache import Cache
 from megaresid.attention.recurrence import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
-from megaresid.spec import Component, Options, Registry
+from megaresid.spec import Component, Options, Registry, write
 
 Side = tuple[torch.Tensor, ...]
 SideSpec = tuple[tuple[str, tuple[int, ...]], ...]
@@ -117,8 +118,26 @@ class Mixer(nn.Module):
 class Chosen:
     """A mixer inside another's options, resolved: its class and its own options."""
 
+    written_as: ClassVar[str] = "mixer"
+
     cls: type[Mixer]
     options: Options
+
+    def __str__(self) -> str:
+        return component_text(self.cls, self.options)
+
+
+def component_text(cls: type[Mixer], options: Options) -> str:
+    """A resolved mixer as a user writes it, with the options that are not their defaults."""
+    fields = type(options).model_fields
+    written = {
+        name: write(value)
+        for name, value in options
+        if name not in fields or fields[name].is_required() or value != fields[name].default
+    }
+    bare = [*takewhile(written.__contains__, options.positional)]
+    told = [*map(written.pop, bare), *(f"{name}={text}" for name, text in written.items())]
+    return f"{MIXERS.name_of(cls)}({', '.join(told)})" if told else MIXERS.name_of(cls)
 
 
 def _resolve(value: Any) -> Chosen:
@@ -126,7 +145,7 @@ def _resolve(value: Any) -> Chosen:
         return value
     component = Component(value) if isinstance(value, str) else value
     if not isinstance(component, Component):
-        raise UserError(f"attention {value!r}: expected a mixer, such as gla or softmax(kv_heads=2)")
+        raise UserError(f"attention {write(value)}: expected a mixer, such as gla or causal_conv(kernel=4)")
     return Chosen(*MIXERS.resolve(component))
 
 
