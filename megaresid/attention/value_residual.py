@@ -3,17 +3,18 @@
 import torch
 from torch import nn
 
-from megaresid import spec
+from megaresid.attention import softmax
 from megaresid.attention.cache import Cache
-from megaresid.attention.mixer import MIXERS, Inputs, Mixer, Side, SideSpec
+from megaresid.attention.mixer import MIXERS, SEGMENT, Inputs, Mixer, Side, SideSpec
 from megaresid.attention.softmax import Softmax
+from megaresid.errors import UserError
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
 
 VALUES = "values"
 
 
-class Options(spec.Options):
+class Options(softmax.Options):
     first: float = 0.5
     """Weight of the first layer's values."""
     own: float = 0.5
@@ -28,19 +29,22 @@ class FirstValues(Softmax):
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
         values = self.v_proj(x_v)
-        return self.attend(self.q_proj(x_q), self.k_proj(x_k), values), (*side, values)
+        y = self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache)
+        return y, (*side, values)
 
 
 @MIXERS.register("value_residual")
 class ValueResidual(Softmax):
     """Softmax attention with V'_l = a V_1 + b V_l: Zhou et al. 2024, arXiv 2410.17897, section 3 (ResFormer).
 
-    V_1 [B, T, C] are the values of the first layer that has this mixer, which is plain softmax attention itself; they
-    travel in the side channel. a and b are constants (1/2 each in the paper's identity form) or learned in each layer.
+    V_1, of all heads of keys and values side by side, are the values of the first layer that has this mixer, which is
+    plain softmax attention itself; they travel in the side channel. a and b are constants (1/2 each in the paper's
+    identity form) or learned in each layer. A cache keeps the mixed values. The FLOPs are softmax attention's: the mix
+    is elementwise.
     """
 
     citation = "Zhou et al. 2024, arXiv 2410.17897"
-    reads = (VALUES,)
+    reads = (SEGMENT, VALUES)
     Options = Options
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec):
@@ -61,8 +65,15 @@ class ValueResidual(Softmax):
 
     @classmethod
     def side_spec(cls, shape: ModelShape, options: Options, entering: SideSpec) -> SideSpec:
-        values = (VALUES, (shape.width,))
-        return entering if values in entering else (*entering, values)
+        first, width = dict(entering).get(VALUES), cls.kv_width(shape, options)
+        if first is None:
+            return (*entering, (VALUES, (width,)))
+        if first != (width,):
+            raise UserError(
+                f"attention value_residual: the first layer's values are {first[0]} wide, and a later layer's {width}: "
+                "give all of them the same heads and kv_heads"
+            )
+        return entering
 
     def parameter_rules(self) -> dict[str, Rule]:
         weights = self.weights if self.learned else {}
@@ -72,4 +83,4 @@ class ValueResidual(Softmax):
         x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
         own = self.v_proj(x_v)
         values = (self.first * side[self.position] + self.own * own).to(own.dtype)
-        return self.attend(self.q_proj(x_q), self.k_proj(x_k), values), side
+        return self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache), side

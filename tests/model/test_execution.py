@@ -133,7 +133,7 @@ def test_a_users_mixer_is_named_by_its_import_path_and_shares_over_depth(monkeyp
     monkeypatch.setattr(Remembering, "__module__", "my_mixers")
     monkeypatch.setitem(sys.modules, "my_mixers", module)
     plan = ModelPlan(SHAPE, attention="my_mixers:Remembering")
-    assert plan.tree()["layers"][0]["attention"] == {"name": "my_mixers:Remembering"}
+    assert plan.tree()["layers"][0]["attention"]["name"] == "my_mixers:Remembering"
     assert plan.hash != ModelPlan(SHAPE).hash
     model = away_from_initialisation(build(plan, seed=0))
     vanilla = model_of()

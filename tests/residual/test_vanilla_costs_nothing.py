@@ -10,7 +10,6 @@ from megaresid.attention.softmax import Softmax
 from megaresid.model.gpt import build
 from megaresid.model.mlp import MLP
 from megaresid.model.plan import ModelPlan
-from megaresid.spec import Options
 
 
 class Operations(TorchDispatchMode):
@@ -32,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention, self.mlp = Softmax(SHAPE, Options(), 0), MLP(SHAPE)
+        self.attention, self.mlp = Softmax(SHAPE, Softmax.Options(), 0), MLP(SHAPE)
         self.norm_1, self.norm_2 = nn.LayerNorm(SHAPE.width), nn.LayerNorm(SHAPE.width)
 
     def forward(self, x):

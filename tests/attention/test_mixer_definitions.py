@@ -1,0 +1,65 @@
+"""Every mixer equals its definition, away from initialisation, in fp64: outputs and the gradient of every input and
+parameter."""
+
+import pytest
+import torch
+from mixer_models import SEGMENT, Mixers, inputs
+from mixer_table import FAMILIES, ROWS
+from small_models import SHAPE
+
+from megaresid.attention.mixer import MIXERS
+from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules
+from megaresid.model.plan import ModelPlan
+from megaresid.spec import parse_pattern
+
+
+def inputs_of(row, ways: bool):
+    """One input, or three different ones."""
+    return tuple(inputs(row, seed=seed).requires_grad_() for seed in range(3 if ways else 1))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_outputs_and_gradients_equal_the_definition(row, documents):
+    """One input and three; the gradients are those of a random weighting of the outputs."""
+    mixers = Mixers(row, documents)
+    segment = SEGMENT if documents else None
+    for ways in (False, True):
+        given = inputs_of(row, ways)
+        x = given if ways else given[0]
+        found, expected = mixers(x, segment), mixers.by_definition(x, segment)
+        assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+        weights, named = inputs(row, seed=9), mixers.parameters() | dict(zip(("x", "x_k", "x_v"), given))
+        gradients, wanted = (
+            torch.autograd.grad((weights * y).sum(), list(named.values()), allow_unused=True)
+            for y in (found, expected)
+        )
+        scale = max(gradient.norm() for gradient in wanted if gradient is not None)
+        for name, gradient, want in zip(named, gradients, wanted):
+            assert gradient is not None, f"{name} is dead"
+            want = torch.zeros_like(gradient) if want is None else want
+            assert (gradient - want).norm() < 1e-10 * max(want.norm(), 1e-4 * scale), name
+            assert (want.norm() < 1e-12 * scale) == name.endswith(row.undriven or ("-",)), f"{name}: row.undriven"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_every_parameter_has_a_rule(row):
+    """Away from decay where a rule of thumb says so: vectors and scalars do not decay."""
+    plan = ModelPlan(SHAPE, row.spec)
+    model = GPT(plan)
+    parameters = canonical_parameters(model, model.prefixes)
+    rules = canonical_rules(model, model.prefixes, plan)
+    assert rules.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        if ".attention." in name and parameter.dim() < 2:
+            assert not rules[name].decay, name
+        if name.endswith(("A_log", "dt_bias")):
+            assert rules[name].fp32, name
+
+
+def test_every_family_and_every_mixer_that_runs_on_a_cpu_has_a_row():
+    families = {row.define.__module__ for row in ROWS}
+    named = {component.name for row in ROWS for component in parse_pattern(row.spec).components()}
+    on_a_cpu = {name for name, cls in MIXERS.classes().items() if not cls.needs}
+    assert on_a_cpu <= named <= MIXERS.classes().keys() | MIXERS.presets().keys()
+    assert {f"define_{family}" for family in FAMILIES} <= families
