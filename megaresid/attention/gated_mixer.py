@@ -70,22 +70,14 @@ class GatedMixer(LinearMixer):
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = three(x)
         segment = self.segment(side)
-        q = self.feature_map(self.heads_of("q", x_q, segment, cache))
-        k = self.feature_map(self.heads_of("k", x_k, segment, cache))
-        v = self.heads_of("v", x_v, segment, cache)
+        q = self.feature_map(split_heads(self.projected("q", x_q, segment, cache), self.heads))
+        k = self.feature_map(split_heads(self.projected("k", x_k, segment, cache), self.heads))
+        v = split_heads(self.projected("v", x_v, segment, cache), self.heads)
         q, k = self.placed(q, k, cache)
         o = self.recur(q, k, v, self.decay(x_k), segment=segment, cache=cache)
         gate = None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
         o = self.get_submodule(self.norm_name)(o, gate)
         return self.o_proj(o.flatten(-2)), side
-
-    def heads_of(
-        self, name: str, x: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        """q, k or v by ``name``, [B, T, H, D], after its convolution."""
-        tail = None if cache is None else cache.inside(f"{name}_conv1d")
-        z = self.get_submodule(f"{name}_proj")(x)
-        return split_heads(self.get_submodule(f"{name}_conv1d")(z, segment, tail), self.heads)
 
     def placed(
         self, q: torch.Tensor, k: torch.Tensor, cache: Cache | None

@@ -69,19 +69,11 @@ class HGRN2(LinearMixer):
         """q of x_q, f of x_k, i of x_v."""
         x_q, x_k, x_v = three(x)
         segment = self.segment(side)
-        q = silu(self.heads_of("q", x_q, segment, cache))
-        i = self.heads_of("i", x_v, segment, cache)
-        k, g = self.input_and_decay(self.heads_of("f", x_k, segment, cache))
+        q = silu(split_heads(self.projected("q", x_q, segment, cache), self.heads))
+        i = split_heads(self.projected("i", x_v, segment, cache), self.heads)
+        k, g = self.input_and_decay(split_heads(self.projected("f", x_k, segment, cache), self.heads))
         o = self.recur(q, k.to(i.dtype), i, g, segment=segment, cache=cache)
         return self.o_proj(self.g_norm(o.flatten(-2))), side
-
-    def heads_of(
-        self, name: str, x: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        """q, f or i by ``name``, [B, T, H, D], after its convolution."""
-        tail = None if cache is None else cache.inside(f"{name}_conv1d")
-        z = self.get_submodule(f"{name}_proj")(x)
-        return split_heads(self.get_submodule(f"{name}_conv1d")(z, segment, tail), self.heads)
 
     def input_and_decay(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """1 - f and log f [B, T, H, D], both exact where sigmoid is near 0 or 1."""

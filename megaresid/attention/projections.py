@@ -8,7 +8,7 @@ from torch import nn
 
 from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import SEGMENT, Inputs, Mixer
-from megaresid.attention.recurrence import recurrence
+from megaresid.attention.recurrence import recurrence, recurrence_flops
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
@@ -54,11 +54,16 @@ class LinearMixer(Mixer):
                 cache.tensors["document"] = segment[:, -1].clone()
         return o
 
+    def projected(
+        self, name: str, x: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """x [B, T, C] through the modules ``<name>_proj`` and ``<name>_conv1d``."""
+        tail = None if cache is None else cache.inside(f"{name}_conv1d")
+        return self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x), segment, tail)
+
     @classmethod
     def flops_per_token(cls, shape: ModelShape, options: Options) -> int:
         """A multiply-add for each weight of a linear map and of a short convolution, and the recurrence."""
-        from megaresid.attention.recurrence import recurrence_flops
-
         with torch.device("meta"):  # only the sizes of the weights are asked for
             mixer = cls(shape, options, 0)
         maps = [module for module in mixer.modules() if isinstance(module, nn.Linear | ShortConvolution)]
@@ -74,22 +79,24 @@ class Sizes(NamedTuple):
     values: int
 
 
-def head_sizes(
-    mixer: str, shape: ModelShape, heads: int | None, expand_k: float = 1.0, expand_v: float = 1.0
-) -> Sizes:
+def head_sizes(mixer: str, shape: ModelShape, heads: int | None, expand_k: float = 1.0, expand_v: float = 1.0) -> Sizes:
     """Of a mixer whose keys are ``expand_k`` and whose values are ``expand_v`` times as wide as the model, over all
     heads. Raises UserError, with the ``mixer``'s name, where the heads do not divide one of them."""
     heads = shape.heads if heads is None else heads
-    each = []
-    for option, expand in (("expand_k", expand_k), ("expand_v", expand_v)):
-        width = shape.width * expand
-        if not math.isclose(width, round(width)) or round(width) % heads:
-            raise UserError(
-                f"attention {mixer!r}: {option}={expand:g} of width {shape.width} is {width:g}, which {heads} heads do "
-                f"not divide: change heads or {option}"
-            )
-        each.append(round(width) // heads)
-    return Sizes(heads, *each)
+    keys = head_width(mixer, shape, heads, "expand_k", expand_k)
+    return Sizes(heads, keys, head_width(mixer, shape, heads, "expand_v", expand_v))
+
+
+def head_width(mixer: str, shape: ModelShape, heads: int, option: str, expand: float) -> int:
+    """Width of each of ``heads`` that are together ``expand`` times as wide as the model. Raises UserError, with the
+    names of the ``mixer`` and of its ``option``, where there is none."""
+    width = shape.width * expand
+    if not math.isclose(width, round(width)) or round(width) % heads:
+        raise UserError(
+            f"attention {mixer!r}: {option}={expand:g} of width {shape.width} is {width:g}, which {heads} heads do not "
+            f"divide: change heads or {option}"
+        )
+    return round(width) // heads
 
 
 def three(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
