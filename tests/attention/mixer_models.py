@@ -31,13 +31,13 @@ def shape_of(row: Row, **changes) -> ModelShape:
 class Mixers:
     """The mixers of a row's layers, called with one input; their outputs are summed."""
 
-    def __init__(self, row: Row, documents: bool = False, dtype: torch.dtype = torch.float64, away: float | None = None):
+    def __init__(self, row: Row, documents: bool = False, dtype: torch.dtype = torch.float64):
         self.row, self.documents = row, documents
         self.shape = shape_of(row)
         self.plan = ModelPlan(self.shape, row.spec, documents=documents)
         model: GPT = build(self.plan, seed=0).to(dtype)
         parameters = canonical_parameters(model, model.prefixes)
-        move_away(parameters, row.away if away is None else away, self.shape.vocab_size)
+        move_away(parameters, row.away, self.shape.vocab_size)
         self.mixers: list[Mixer] = [model.parts[2 + layer].attention for layer in range(row.layers)]
         self.kept = [model.parts[2 + layer].kept for layer in range(row.layers)]
 

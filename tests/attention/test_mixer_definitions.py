@@ -3,9 +3,8 @@ parameter."""
 
 import pytest
 import torch
-from mixer_models import SEGMENT, Mixers, inputs
+from mixer_models import SEGMENT, Mixers, inputs, shape_of
 from mixer_table import FAMILIES, ROWS
-from small_models import SHAPE
 
 from megaresid.attention.mixer import MIXERS
 from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules
@@ -45,8 +44,8 @@ def test_outputs_and_gradients_equal_the_definition(row, documents):
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_parameter_has_a_rule(row):
-    """Away from decay where a rule of thumb says so: vectors and scalars do not decay."""
-    plan = ModelPlan(SHAPE, row.spec)
+    """Biases, the weights of norms and other vectors do not decay."""
+    plan = ModelPlan(shape_of(row), row.spec)
     model = GPT(plan)
     parameters = canonical_parameters(model, model.prefixes)
     rules = canonical_rules(model, model.prefixes, plan)
