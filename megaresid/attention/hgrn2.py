@@ -31,8 +31,8 @@ class Options(spec.Options):
     """Heads; none: those of the model's shape."""
     expand_ratio: int | None = Field(default=None, ge=1)
     """Width of a head, instead of the number of heads: the numbers in the state for each of its values."""
-    lower_bound: Literal["none", "linear"] = "linear"
-    """What f is at least in layer l of L: 0, or l / L."""
+    lower_bound: Literal["linear"] | None = "linear"
+    """What f is at least in layer l of L: l / L; none: 0."""
     use_short_conv: bool = False
     """Whether queries, gates and values each pass a short causal convolution, without activation."""
     conv_size: int = Field(default=4, ge=1)
