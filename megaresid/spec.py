@@ -322,8 +322,11 @@ class Registry:
         """The values by option, those without a name too."""
         names, values = cls.Options.positional, component.arguments
         if len(values) > len(names):
-            takes = f"takes {len(names)} values without a name" if names else "takes no value without its name"
-            raise UserError(f"{self.kind} {component.name!r} {takes}, not {len(values)}: write option=value")
+            takes = f"only {', '.join(names)}" if names else "no value"
+            raise UserError(
+                f"{self.kind} {component.name!r} takes {takes} without a name, and {len(values)} are given: write "
+                "option=value"
+            )
         given, written = dict(zip(names, values)), dict(component.options)
         if twice := given.keys() & written.keys():
             raise UserError(f"{self.kind} {component.name!r}: option {min(twice)!r} is given twice")
