@@ -107,12 +107,12 @@ class Softmax(Mixer):
     def check(cls, shape: ModelShape, options: Options) -> None:
         heads, kv_heads = _heads(shape, options)
         if shape.width % heads:
-            raise UserError(f"attention {cls.name}: heads={heads} does not divide width {shape.width}: change one")
+            raise UserError(f"attention {cls.name!r}: heads={heads} does not divide width {shape.width}: change one")
         if heads % kv_heads:
-            raise UserError(f"attention {cls.name}: kv_heads={kv_heads} does not divide heads {heads}: change one")
+            raise UserError(f"attention {cls.name!r}: kv_heads={kv_heads} does not divide heads {heads}: change one")
         if options.positions == "rope" and (size := shape.width // heads) % 2:
             raise UserError(
-                f"attention {cls.name}: positions=rope turns pairs, and a head's width is {size}, odd: change heads"
+                f"attention {cls.name!r}: positions=rope turns pairs, and a head's width is {size}, odd: change heads"
             )
 
     @classmethod
