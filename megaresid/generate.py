@@ -20,7 +20,10 @@ def generate(
     seed: int = 0,
     vocab_file: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
 ) -> str:
-    """Continue a prompt with a run's newest checkpoint; every token runs the whole context again.
+    """Continue a prompt with a run's newest checkpoint.
+
+    Each token is run once, and what attention needs of it is kept. A model with learned positions has none beyond its
+    context: from there on, and where a mixer cannot go on from what it kept, every token runs the last context again.
 
     Args:
         run: A run directory, or a checkpoint in one.
@@ -45,14 +48,25 @@ def generate(
 
     encoding = gpt2_encoding(vocab_file)
     model = load_model(run)
-    context = model.shape.context
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+    room = model.shape.context if model.plan.has_positions else len(ids) + tokens
+    cache = model.init_cache(room)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         for _ in range(tokens):
-            logits, _ = model(torch.tensor([ids[-context:]]))
-            ids.append(_choose(logits[0, -1].float(), temperature, top_k, generator))
+            if len(ids) > room:
+                cache = None
+            ids.append(_choose(_next_logits(model, ids, cache), temperature, top_k, generator))
     return encoding.decode(ids)
+
+
+def _next_logits(model, ids: list[int], cache):
+    """Logits [V] of the token after ``ids``; with a cache, only those that it has not seen are run."""
+    import torch
+
+    new = ids[-model.shape.context :] if cache is None else ids[cache.position :]
+    logits, _ = model(torch.tensor([new]), cache=cache)
+    return logits[0, -1].float()
 
 
 def _choose(logits, temperature: float, top_k: int, generator) -> int:

@@ -8,11 +8,11 @@ from scipy.stats import chisquare
 
 from data_prep.tokenizer import gpt2_encoding
 from megaresid import generate as command
+from megaresid.attention.softmax import Softmax
 from megaresid.config import parse
 from megaresid.errors import UserError
 from megaresid.generate import _choose, generate
-from megaresid.model.gpt import build, canonical_parameters, set_step
-from megaresid.model.plan import ModelPlan
+from megaresid.model.gpt import TokenEmbedding, build, canonical_parameters, set_step
 from megaresid.saved_run import load_model, run_of
 from megaresid.training.checkpoint_format import Header, Marker, write_record, write_tensors
 from megaresid.training.run_dir import write_json
@@ -79,7 +79,7 @@ def save_run(run: Path, options: str) -> Path:
 def trained(options: str = OPTIONS):
     """A model with every parameter away from its initial value."""
     config = parse(options.split())
-    model = build(ModelPlan(config.shape, residual=config.model.residual), seed=5)
+    model = build(config.plan(), seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,6 +120,49 @@ def test_greedy_text_is_the_likeliest_token_after_each_other(run, prompt):
     for _ in range(3):
         ids.append(int(model(torch.tensor([ids[-8:]]))[0][0, -1].argmax()))
     assert generate(run, prompt, tokens=3, temperature=0) == encoding.decode(ids)
+
+
+MIXERS = {
+    "softmax": (8, True),
+    "softmax(positions=rope, kv_heads=1)": (None, True),
+    "softmax(positions=none, window=3)": (None, True),
+    "gated_delta_net": (None, True),
+    "gla + softmax": (8, True),
+    "test_generate:Forgetful": (8, False),
+}
+"""How many tokens of a text the model sees (None: all), and whether it goes on from what it kept."""
+
+
+class Forgetful(Softmax):
+    decodes = False
+
+
+@pytest.mark.parametrize(("attention", "sees"), MIXERS.items(), ids=MIXERS)
+def test_every_token_is_run_once_and_the_text_is_that_of_running_all_again(attention, sees, tmp_path, monkeypatch):
+    """Within the context of eight and beyond it."""
+    window, decodes = sees
+    monkeypatch.setattr(TokenEmbedding, "forward", counting(TokenEmbedding.forward, lengths := []))
+    options = f"{OPTIONS} --attention {attention.replace(' ', '')}"
+    run, prompt, encoding = save_run(tmp_path / "run", options), "Each token once", gpt2_encoding()
+    ids = encoding.encode(prompt)
+    assert len(ids) == 3
+    found = generate(run, prompt, tokens=9, temperature=0)
+    once = [3, *[1] * 5] if window else [3, *[1] * 8]
+    assert lengths == (once + [8] * (9 - len(once)) if decodes else [3, 4, 5, 6, 7, 8, 8, 8, 8])
+    model = trained(options)
+    for _ in range(9):
+        ids.append(int(model(torch.tensor([ids[-(window or 99) :]]))[0][0, -1].argmax()))
+    assert found == encoding.decode(ids)
+
+
+def counting(forward, lengths: list[int]):
+    """``forward`` that notes how many tokens each call gets."""
+
+    def noting(self, idx, *arguments):
+        lengths.append(idx.shape[1])
+        return forward(self, idx, *arguments)
+
+    return noting
 
 
 def test_a_seed_gives_the_same_text_again(run):

@@ -70,8 +70,8 @@ class ValueResidual(Softmax):
             return (*entering, (VALUES, (width,)))
         if first != (width,):
             raise UserError(
-                f"attention 'value_residual': the first layer's values are {first[0]} wide, and a later layer's {width}: "
-                "give all of them the same heads and kv_heads"
+                f"attention 'value_residual': the first layer's values are {first[0]} wide, and a later layer's "
+                f"{width}: give all of them the same heads and kv_heads"
             )
         return entering
 

@@ -165,7 +165,7 @@ def test_a_bias_and_shared_keys_are_as_many_parameters_as_they_should_be():
     [
         ("softmax(heads=3)", "attention 'softmax': heads=3 does not divide width 32: change one"),
         ("softmax(kv_heads=3)", "attention 'softmax': kv_heads=3 does not divide heads 4: change one"),
-        ("softmax(heads=32, positions=rope)", "attention 'softmax': positions=rope turns pairs, and a head's width is 1"),
+        ("softmax(heads=32, positions=rope)", "attention 'softmax': positions=rope turns pairs, and a head's width"),
         ("softmax(kv_heads=0)", "attention 'softmax': kv_heads=0 is not valid"),
         ("softmax(window=0)", "attention 'softmax': window=0 is not valid"),
         ("softmax(rope_theta=0)", "attention 'softmax': rope_theta=0 is not valid"),
