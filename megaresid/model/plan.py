@@ -135,8 +135,23 @@ class ModelPlan:
     def has_positions(self) -> bool:
         """Whether the model has learned position embeddings."""
         if self.positions == "auto":
-            return any(cls.needs_positions(options) for cls, options in self._mixers)
+            return bool(self._in_need_of_positions())
         return self.positions == "learned"
+
+    def _in_need_of_positions(self) -> list[str]:
+        """The mixers' names, one a layer that has such a mixer."""
+        return [component_name(cls) for cls, options in self._mixers if cls.needs_positions(options)]
+
+    def describe_positions(self) -> str:
+        """Whether the model has learned positions, and why; and whether it keeps documents apart."""
+        in_need = self._in_need_of_positions()
+        needed = f"{', '.join(dict.fromkeys(in_need))} in {len(in_need)} of {self.shape.layers} layers"
+        if self.positions == "auto":
+            words = f"learned, for {needed}" if in_need else "none, for no mixer needs them"
+        else:
+            unmet = f", though {needed} cannot tell the order of tokens without"
+            words = f"{self.positions}, as asked{unmet if in_need and not self.has_positions else ''}"
+        return words + ("; documents kept apart" if self.documents else "")
 
     def mixer_of(self, layer: int) -> Mixer:
         cls, options = self._mixers[layer]

@@ -66,6 +66,7 @@ def print_estimate(
 
     tokens_per_step = batch.sequences * plan.shape.context
     tokens = tokens_per_step * config.run.steps
+    console.print(f"positions {plan.describe_positions()}")
     console.print(f"batch     {batch.describe(plan.shape.context)}")
     console.print(
         f"run       {config.run.steps:,} steps, {tokens:,} tokens ({tokens / training_tokens:.2f} epochs of "

@@ -155,6 +155,7 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
     plan, batch, ds = prepared.plan, prepared.batch, prepared.ds_config
     parameters = sum(parameters_by_component(plan).values())
     recorder.say(f"model     {prepared.config.model.model}, {parameters:,} parameters, spec {plan.hash[:12]}")
+    recorder.say(f"positions {plan.describe_positions()}")
     recorder.say(f"batch     {batch.describe(plan.shape.context)}")
     recorder.say(
         f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
