@@ -260,8 +260,8 @@ FLA = {
         {"num_heads": 2, "use_short_conv": True, "clamp_min": -0.3, "gate_logit_normalizer": 4, "feature_map": "swish"},
     ),
     "gla(use_output_gate=false)": ("GatedLinearAttention", {"num_heads": 2, "use_output_gate": False}),
-    "hgrn2(expand_ratio=32, lower_bound=none)": ("HGRN2Attention", {"expand_ratio": 32}),
-    "hgrn2(expand_ratio=32, lower_bound=none, use_short_conv=true)": (
-        "HGRN2Attention", {"expand_ratio": 32, "use_short_conv": True},
+    "hgrn2(expand_ratio=16, lower_bound=none)": ("HGRN2Attention", {"expand_ratio": 16}),
+    "hgrn2(expand_ratio=16, lower_bound=none, use_short_conv=true)": (
+        "HGRN2Attention", {"expand_ratio": 16, "use_short_conv": True},
     ),
 }
