@@ -11,7 +11,7 @@ from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import LinearMixer, split_heads, three, wide
-from megaresid.attention.recurrence import Kind, recurrence_flops
+from megaresid.attention.recurrence import Kind
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options
@@ -74,17 +74,19 @@ class DeltaMixer(LinearMixer):
         has_beta: bool = True,
     ):
         super().__init__(shape, options, layer, entering)
-        self.key_heads, self.value_heads, head_keys, head_values = self.sizes(shape, options)
-        keys, values = self.key_heads * head_keys, self.value_heads * head_values
+        self.key_heads, self.heads, head_keys, head_values = self.sizes(shape, options)
+        keys, values = self.key_heads * head_keys, self.heads * head_values
         self.q_proj = nn.Linear(shape.width, keys, bias=False)
         self.k_proj = nn.Linear(shape.width, keys, bias=False)
         self.v_proj = nn.Linear(shape.width, values, bias=False)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
-            ShortConvolution(channels, options.conv_size, act) if options.use_short_conv else Elementwise(act)
+            ShortConvolution(channels, options.conv_size, act, options.conv_bias)
+            if options.use_short_conv
+            else Elementwise(act)
             for channels, act in ((keys, qk_act), (keys, qk_act), (values, "silu"))
         )
         self.qk_norm = qk_norm
-        self.b_proj = nn.Linear(shape.width, self.value_heads, bias=False) if has_beta else None
+        self.b_proj = nn.Linear(shape.width, self.heads, bias=False) if has_beta else None
         self.strongest = 2.0 if options.allow_neg_eigval else 1.0
         self.o_norm = OutputNorm(head_values, options.norm_eps, gate_act)
         self.o_proj = nn.Linear(values, shape.width, bias=False)
@@ -92,24 +94,22 @@ class DeltaMixer(LinearMixer):
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = three(x)
         segment = self.segment(side)
-        inside = (lambda name: None) if cache is None else cache.inside
-        q = self.q_conv1d(self.q_proj(x_q), segment, inside("q_conv1d"))
-        k = self.k_conv1d(self.k_proj(x_k), segment, inside("k_conv1d"))
-        v = self.v_conv1d(self.v_proj(x_v), segment, inside("v_conv1d"))
-        q, k = (self._for_values(self.qk_norm(split_heads(z, self.key_heads))) for z in (q, k))
-        v = split_heads(v, self.value_heads)
+        q = self._shared(self.projected("q", x_q, segment, cache))
+        k = self._shared(self.projected("k", x_k, segment, cache))
+        v = split_heads(self.projected("v", x_v, segment, cache), self.heads)
         o = self.recur(q, k, v, self.log_decay(x_k), self.beta(x_k), segment=segment, cache=cache)
         return self.o_proj(self.o_norm(o, self.gate(x_v)).flatten(-2)), side
 
-    def _for_values(self, x: torch.Tensor) -> torch.Tensor:
-        """From the heads of the keys [B, T, H, K] to those of the values."""
-        return x[:, :, :, None].expand(-1, -1, -1, self.value_heads // self.key_heads, -1).flatten(2, 3)
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
+        """q or k, normed: from the heads of the keys to those of the values, [B, T, H, K]."""
+        x = self.qk_norm(split_heads(x, self.key_heads))
+        return x[:, :, :, None].expand(-1, -1, -1, self.heads // self.key_heads, -1).flatten(2, 3)
 
     def beta(self, x_k: torch.Tensor) -> torch.Tensor:
         """How strongly a token is written, [B, T, H] in fp32 or wider: of I - beta k k^T the eigenvalue along k is
         1 - beta, so that up to 2 it is between -1 and 1 (Grazzi et al. 2024, arXiv 2411.12537)."""
         if self.b_proj is None:
-            return wide(x_k.new_full((*x_k.shape[:2], self.value_heads), self.strongest))
+            return wide(x_k.new_full((*x_k.shape[:2], self.heads), self.strongest))
         return self.strongest * wide(self.b_proj(x_k)).sigmoid()
 
     def log_decay(self, x_k: torch.Tensor) -> torch.Tensor | None:
@@ -133,11 +133,3 @@ class DeltaMixer(LinearMixer):
     def kinds(cls, shape: ModelShape, options: Options) -> frozenset[Kind]:
         sizes = cls.sizes(shape, options)
         return frozenset({Kind(cls.decay, True, sizes.keys, sizes.values)})
-
-    @classmethod
-    def flops_per_token(cls, shape: ModelShape, options: Options) -> int:
-        with torch.device("meta"):  # only the weights' sizes are asked for
-            mixer = cls(shape, options, 0)
-        maps = [module for module in mixer.modules() if isinstance(module, nn.Linear | ShortConvolution)]
-        (kind,) = cls.kinds(shape, options)
-        return 2 * sum(module.weight.numel() for module in maps) + recurrence_flops(kind, mixer.value_heads)

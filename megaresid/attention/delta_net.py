@@ -30,6 +30,8 @@ class Options(spec.Options):
     use_short_conv: bool = True
     """Whether q, k and v pass a short causal convolution."""
     conv_size: int = Field(4, ge=1)
+    """Tokens that the convolution sees."""
+    conv_bias: bool = False
     qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
     """elu is ELU + 1."""
     qk_norm: Literal["l2", "sum"] = "l2"
@@ -57,7 +59,7 @@ class DeltaNet(DeltaMixer):
         self.g_proj = nn.Linear(shape.width, self.v_proj.out_features, bias=False) if options.use_gate else None
 
     def gate(self, x_v: torch.Tensor) -> torch.Tensor | None:
-        return None if self.g_proj is None else split_heads(self.g_proj(x_v), self.value_heads)
+        return None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
 
     @classmethod
     def sizes(cls, shape: ModelShape, options: Options) -> DeltaSizes:

@@ -31,6 +31,8 @@ class GatedOptions(spec.Options):
     use_short_conv: bool = True
     """Whether q, k and v pass a short causal convolution."""
     conv_size: int = Field(4, ge=1)
+    """Tokens that the convolution sees."""
+    conv_bias: bool = False
     allow_neg_eigval: bool = False
     """Whether beta goes to 2 instead of 1 (arXiv 2411.12537)."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -80,9 +82,9 @@ class GatedDeltaNet(DeltaMixer):
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):
         super().__init__(shape, options, layer, entering, gate_act=options.output_gate_activation)
-        self.a_proj = nn.Linear(shape.width, self.value_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.a_proj = nn.Linear(shape.width, self.heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.g_proj = nn.Linear(shape.width, self.v_proj.out_features, bias=False) if options.use_gate else None
 
     def parameter_rules(self) -> dict[str, Rule]:
@@ -96,7 +98,7 @@ class GatedDeltaNet(DeltaMixer):
         return -wide(self.A_log).exp() * softplus(wide(self.a_proj(x_k)) + self.dt_bias)
 
     def gate(self, x_v: torch.Tensor) -> torch.Tensor | None:
-        return None if self.g_proj is None else split_heads(self.g_proj(x_v), self.value_heads)
+        return None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
 
     @classmethod
     def sizes(cls, shape: ModelShape, options: Options) -> DeltaSizes:

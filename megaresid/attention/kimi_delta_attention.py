@@ -47,14 +47,14 @@ class KimiDeltaAttention(DeltaMixer):
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):
         super().__init__(shape, options, layer, entering, gate_act="sigmoid")
         _, _, keys, rank = self.sizes(shape, options)
-        channels = self.value_heads * keys
+        channels = self.heads * keys
         self.f_proj = nn.Sequential(
             nn.Linear(shape.width, rank, bias=False), nn.Linear(rank, channels, bias=False)
         )
         self.g_proj = nn.Sequential(
             nn.Linear(shape.width, rank, bias=False), nn.Linear(rank, self.v_proj.out_features)
         )
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         least = options.lower_bound
         self.decay_of = unbounded if least is None else partial(bounded, least=least)
@@ -68,11 +68,11 @@ class KimiDeltaAttention(DeltaMixer):
 
     def log_decay(self, x_k: torch.Tensor) -> torch.Tensor:
         """[B, T, H, K] in fp32 or wider, at most 0."""
-        logits = split_heads(wide(self.f_proj(x_k)) + self.dt_bias, self.value_heads)
+        logits = split_heads(wide(self.f_proj(x_k)) + self.dt_bias, self.heads)
         return self.decay_of(logits, wide(self.A_log).exp()[:, None])
 
     def gate(self, x_v: torch.Tensor) -> torch.Tensor:
-        return split_heads(self.g_proj(x_v), self.value_heads)
+        return split_heads(self.g_proj(x_v), self.heads)
 
     @classmethod
     def sizes(cls, shape: ModelShape, options: Options) -> DeltaSizes:

@@ -38,13 +38,13 @@ def l1(x):
 NORMS = {"l2": l2, "sum": l1}
 
 
-def convolve(x, weight, segment):
-    """y_t = sum_j w_j x_{t-j} over the tokens of t's document; the weight of j = 0 is stored last."""
+def convolve(x, weight, bias, segment):
+    """y_t = b + sum_j w_j x_{t-j} over the tokens of t's document; the weight of j = 0 is stored last."""
     kernel = weight.shape[-1]
     rows = []
     for row in range(x.shape[0]):
         for t in range(x.shape[1]):
-            total = torch.zeros_like(x[0, 0])
+            total = bias
             for j in range(min(kernel, t + 1)):
                 if segment is None or segment[row, t - j] == segment[row, t]:
                     total = total + weight[:, 0, kernel - 1 - j] * x[row, t - j]
@@ -56,7 +56,7 @@ def projected(p, name, x, activation, segment):
     """act(conv(W x)), without the convolution where the mixer has none."""
     x = x @ p[f"{name}_proj.weight"].T
     if f"{name}_conv1d.weight" in p:
-        x = convolve(x, p[f"{name}_conv1d.weight"], segment)
+        x = convolve(x, p[f"{name}_conv1d.weight"], p.get(f"{name}_conv1d.bias", 0), segment)
     return activation(x)
 
 
@@ -161,7 +161,7 @@ ROWS = [
     ),
     Row("delta_net(qk_activation=elu, qk_norm=sum)", delta_net("elu", "sum")),
     Row("delta_net(qk_activation=identity, qk_norm=sum, use_short_conv=false)", delta_net("identity", "sum")),
-    Row("delta_net(qk_activation=relu, heads=1)", delta_net("relu", heads=1)),
+    Row("delta_net(qk_activation=relu, heads=1, conv_bias=true)", delta_net("relu", heads=1)),
     Row("gated_delta_net", gated_delta_net(), head_of_family=True),
     Row(
         "gated_delta_net(heads=1, head_dim=6, num_v_heads=2, use_gate=false, allow_neg_eigval=true)",
@@ -178,3 +178,40 @@ ROWS = [
     ),
     Row("kda(lower_bound=-5)", kda(lower_bound=-5)),
 ]
+
+FLA = {
+    "delta_net": ("DeltaNet", dict(num_heads=2)),
+    "delta_net(use_short_conv=false, use_beta=false)": (
+        "DeltaNet",
+        dict(num_heads=2, use_short_conv=False, use_beta=False),
+    ),
+    "delta_net(use_gate=true, expand_k=0.5, expand_v=2, conv_size=2, allow_neg_eigval=true)": (
+        "DeltaNet",
+        dict(num_heads=2, use_gate=True, expand_k=0.5, expand_v=2, conv_size=2, allow_neg_eigval=True),
+    ),
+    "delta_net(qk_activation=elu, qk_norm=sum)": ("DeltaNet", dict(num_heads=2, qk_activation="elu", qk_norm="sum")),
+    "delta_net(qk_activation=identity, qk_norm=sum, use_short_conv=false)": (
+        "DeltaNet",
+        dict(num_heads=2, qk_activation="identity", qk_norm="sum", use_short_conv=False),
+    ),
+    "delta_net(qk_activation=relu, heads=1, conv_bias=true)": (
+        "DeltaNet",
+        dict(num_heads=1, qk_activation="relu", conv_bias=True),
+    ),
+    "gated_delta_net": ("GatedDeltaNet", dict(num_heads=2, head_dim=16, expand_v=1)),
+    "gated_delta_net(heads=1, head_dim=16, num_v_heads=2, use_gate=false, allow_neg_eigval=true)": (
+        "GatedDeltaNet",
+        dict(num_heads=1, head_dim=16, num_v_heads=2, expand_v=1, use_gate=False, allow_neg_eigval=True),
+    ),
+    "gated_delta_net(use_short_conv=false, expand_v=2, output_gate_activation=sigmoid)": (
+        "GatedDeltaNet",
+        dict(num_heads=2, head_dim=16, expand_v=2, use_short_conv=False, output_gate_activation="sigmoid"),
+    ),
+    "kda": ("KimiDeltaAttention", dict(num_heads=2, head_dim=16)),
+    "kda(heads=1, head_dim=16, num_v_heads=2, expand_v=2, use_short_conv=false, allow_neg_eigval=true)": (
+        "KimiDeltaAttention",
+        dict(num_heads=1, head_dim=16, num_v_heads=2, expand_v=2, use_short_conv=False, allow_neg_eigval=True),
+    ),
+    "kda(lower_bound=-5)": ("KimiDeltaAttention", dict(num_heads=2, head_dim=16, safe_gate=True, lower_bound=-5)),
+}
+"""The layer of flash-linear-attention with the same options, of a model of width 32 with 2 heads."""
