@@ -57,6 +57,14 @@ def _linear_cross_entropy(result: Any, hidden: Tensor, weight: Tensor, *argument
     return hidden.shape[0] * weight.shape[0] * (2 * weight.shape[1] + 5)
 
 
+def _decayed_scores(result: list[Tensor], queries: list[Tensor], k: Tensor, g: Tensor) -> int:
+    """Of every pair of a chunk's C tokens a product, on log2 C levels the factors of half of all tokens as queries and
+    of half as keys, and two sums."""
+    chunk, count = k.shape[-2], len(queries)
+    levels = chunk.bit_length() - 1
+    return k.numel() * (count * (chunk + 1) + levels * (count + 5) // 2)
+
+
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
 
@@ -89,6 +97,7 @@ FORMULAS: dict[str, Formula] = {
     **_table("promote_types result_type", _free),  # they give no tensor
     **_table("embedding index index_select gather scatter tril triu roll flip", _free),
     "megaresid::linear_cross_entropy": _linear_cross_entropy,
+    "megaresid::decayed_scores": _decayed_scores,
 }
 """By the operator's name, without the underscore of its in-place form. Who defines an operator adds its own."""
 
