@@ -15,12 +15,15 @@ IDX = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 class Case(NamedTuple):
-    """What another process needs to train a small model: layer specs, depth, and the optimizer step to start from."""
+    """What another process needs to train a small model: layer specs, depth, the optimizer step to start from, how
+    far its parameters are moved from their start, and a learning rate at which the training is no chaos."""
 
     residual: str
     attention: str
     layers: int
     step: int
+    away: float = 0.1
+    rate: float = 0.01
 
 
 def model_of(

@@ -18,7 +18,8 @@ LAYERS = 2
 
 
 def case_of(row) -> Case:
-    return Case("vanilla", row.spec, layers=LAYERS, step=0)
+    """Further away than residual variants are: the norm of an output that is nearly zero would magnify rounding."""
+    return Case("vanilla", row.spec, layers=LAYERS, step=0, away=0.3, rate=1e-3)
 
 
 @pytest.mark.parametrize("row", quick(ONE_OF_EACH), ids=str)

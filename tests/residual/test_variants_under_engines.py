@@ -107,13 +107,14 @@ def compiled_graphs(spec: str, folder: str) -> list[int]:
     """Runs on the one rank: how many graphs there are after each of three training steps and evaluations."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    case = Case(spec, "softmax", layers=3, step=0)
     # The graphs are dynamo's; what runs them is no matter here, and inductor takes a minute.
     compile_eagerly = functools.partial(torch.compile, backend="eager")
     with mock.patch("megaresid.training.engine.torch.compile", compile_eagerly):
-        engine = start_engine(Case(spec, "softmax", layers=3, step=0), 1, folder, compile=True)
+        engine = start_engine(case, 1, folder, compile=True)
     counters, graphs = torch._dynamo.utils.counters, []
     for step in range(3):
-        run_steps(engine, 0, step, step + 1)
+        run_steps(engine, case, step, step + 1)
         graphs.append(counters["stats"]["unique_graphs"])
         engine.loss(*next(micro_batches(slice(0, 2), step)))
         graphs.append(counters["stats"]["unique_graphs"])
