@@ -97,8 +97,9 @@ def sizes_of(shape: ModelShape, options: Options) -> Sizes:
         return head_sizes("hgrn2", shape, options.heads)
     heads, rest = divmod(shape.width, options.expand_ratio)
     if rest or options.heads not in (None, heads):
+        wanted = "a multiple of" if options.heads is None else f"{options.heads} times"
         raise UserError(
-            f"attention 'hgrn2': expand_ratio={options.expand_ratio} is the width of a head, and width {shape.width} "
-            f"is not {options.heads or 'a number of'} times that: leave out heads or expand_ratio, or change them"
+            f"attention 'hgrn2': expand_ratio={options.expand_ratio} is the width of a head, and width {shape.width} is "
+            f"not {wanted} it: change it, or leave it out"
         )
     return head_sizes("hgrn2", shape, heads)
