@@ -99,7 +99,7 @@ def sizes_of(shape: ModelShape, options: Options) -> Sizes:
     if rest or options.heads not in (None, heads):
         wanted = "a multiple of" if options.heads is None else f"{options.heads} times"
         raise UserError(
-            f"attention 'hgrn2': expand_ratio={options.expand_ratio} is the width of a head, and width {shape.width} is "
-            f"not {wanted} it: change it, or leave it out"
+            f"attention 'hgrn2': expand_ratio={options.expand_ratio} is the width of a head, and width {shape.width} "
+            f"is not {wanted} it: change it, or leave it out"
         )
     return head_sizes("hgrn2", shape, heads)

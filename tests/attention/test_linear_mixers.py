@@ -32,8 +32,8 @@ SHAPE = ModelShape(layers=2, heads=2, width=32, context=16)
         ("retention(heads=16)", "keys of a head have width 1, and only an even one can be rotated: change heads"),
         ("linear_attention(feature_map=silu, normalize=true)", "normalize=true.*feature_map=silu: leave it out"),
         ("linear_attention(feature_map=hedgehog)", "feature_map=hedgehog is not valid.*'elu_plus_one'"),
-        ("hgrn2(expand_ratio=5)", "expand_ratio=5 is the width of a head, and width 32 is not a multiple of it: change it"),
-        ("hgrn2(expand_ratio=8, heads=2)", "expand_ratio=8 is the width of a head, and width 32 is not 2 times it: change"),
+        ("hgrn2(expand_ratio=5)", "expand_ratio=5 is the width of a head, and width 32 is not a multiple of it"),
+        ("hgrn2(expand_ratio=8, heads=2)", "is the width of a head, and width 32 is not 2 times it: change it"),
         ("mamba2(heads=3)", "'mamba2': expand=1.25 of width 32 is 40, which 3 heads do not divide: change heads or"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_prompt_of_more_than_a_chunk_is_carried_on(spec):
 @pytest.mark.full
 @pytest.mark.skipif(bool(interpreter.MISSING), reason=interpreter.REASON)
 def test_mamba2_is_the_real_layer():
-    """Outputs and gradients of flash-linear-attention's Mamba-2: its scan is plain PyTorch, its norm a Triton kernel."""
+    """Outputs and gradients of flash-linear-attention's Mamba-2: a scan in plain PyTorch, a norm in Triton."""
     process = interpreter.Interpreter()
     try:
         found = process.run(fla_mamba2.errors)
