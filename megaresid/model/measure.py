@@ -62,7 +62,7 @@ def _decayed_scores(result: list[Tensor], queries: list[Tensor], k: Tensor, g: T
     of half as keys, and two sums."""
     chunk, count = k.shape[-2], len(queries)
     levels = chunk.bit_length() - 1
-    return k.numel() * (count * (chunk + 1) + levels * (count + 5) // 2)
+    return k.numel() * (2 * count * (chunk + 1) + levels * (count + 5)) // 2
 
 
 def _first(result: Any) -> Tensor:

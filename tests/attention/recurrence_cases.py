@@ -73,13 +73,14 @@ def definition(q, k, v, g=None, beta=None, *, scale=None, state=None, segment=No
 
 
 def results(form: Callable, x: Inputs, **options) -> dict[str, Tensor]:
-    """Output, final state, and the gradients of a random linear function of both, by name."""
-    o, final = form(*(x[name] for name in ("q", "k", "v", "g", "beta")), state=x["state"], **options)
+    """Output, final state where there is one, and the gradients of a random linear function of both, by name."""
+    found = form(*(x[name] for name in ("q", "k", "v", "g", "beta")), state=x["state"], **options)
+    outputs = dict(zip(("o", "final"), found))
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in (o, final)]
-    names = [name for name, tensor in x.items() if tensor is not None]
-    gradients = torch.autograd.grad([o, final], [x[name] for name in names], weights)
-    return {"o": o, "final": final, **dict(zip(names, gradients, strict=True))}
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs.values()]
+    names = [name for name, tensor in x.items() if tensor is not None and tensor.requires_grad]
+    gradients = torch.autograd.grad([*outputs.values()], [x[name] for name in names], weights)
+    return outputs | dict(zip(names, gradients, strict=True))
 
 
 def worst_error(name: str, found: Tensor, expected: Tensor) -> float:

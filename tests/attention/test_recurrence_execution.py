@@ -6,6 +6,7 @@ from recurrence_cases import KINDS, inputs, results
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from megaresid.attention.decayed_scores import _scores
 from megaresid.attention.recurrence import recurrence
 from megaresid.model.measure import count_flops, saved_bytes
 
@@ -126,3 +127,11 @@ def test_work_and_memory_grow_with_the_length_alone(decay, delta):
         memory.append(saved_bytes(lambda: recurrence(**x), [t for t in x.values() if t is not None]))
     assert work[2] - work[1] == 2 * (work[1] - work[0]) > 0
     assert memory[2] - memory[1] == 2 * (memory[1] - memory[0]) > 0
+
+
+@pytest.mark.parametrize("chunk, keys, count", [(2, 4, 2), (16, 3, 2), (64, 8, 1)])
+def test_flops_of_the_operator_are_those_counted_in_it(chunk, keys, count):
+    x = torch.rand(count + 2, 3, chunk, keys)
+    arguments = list(x[2:]), x[0], -x[1]
+    whole, inside = (count_flops(lambda f=f: f(*arguments)) for f in (_scores, _scores._init_fn))
+    assert whole == inside
