@@ -239,6 +239,7 @@ class Registry:
         self.kind, self.package, self.base = kind, package, base
         self._classes: dict[str, type] = {}
         self._presets: dict[str, Preset] = {}
+        self._imported = False
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: ``name`` is what a user writes in a spec."""
@@ -274,9 +275,12 @@ class Registry:
         return name if self.classes().get(name) is cls else f"{cls.__module__}:{cls.__qualname__}"
 
     def _import_all(self) -> None:
+        if self._imported:
+            return
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
+        self._imported = True
 
     def resolve(self, component: Component) -> tuple[type, Options]:
         """The class that a component names, and its options with every default filled in and checked.
@@ -286,7 +290,7 @@ class Registry:
         value (with type and default).
         """
         if ":" in component.name:
-            cls = self._users_own(component.name)
+            cls = self._users_class(component.name)
         else:
             component = self._written_out(component)
             known = self.classes()
@@ -305,13 +309,17 @@ class Registry:
         ((_, written_out),) = parse_pattern(text).terms
         return written_out
 
-    def _users_own(self, path: str) -> type:
+    def users_own(self, path: str) -> Any:
+        """What ``module:Class`` is, of this kind or not. Raises UserError where it cannot be imported."""
         try:
-            cls = _import(path)
+            return _import(path)
         except (ImportError, AttributeError) as error:
             raise UserError(f"cannot import {self.kind} {path!r}: {error}; is its folder on PYTHONPATH?") from error
         except Exception as error:  # the user's file, as it is executed
             raise UserError(f"cannot import {self.kind} {path!r}: {type(error).__name__}: {error}") from error
+
+    def _users_class(self, path: str) -> type:
+        cls = self.users_own(path)
         if not (isinstance(cls, type) and issubclass(cls, _import(self.base))):
             raise UserError(f"{self.kind} {path!r} is not a subclass of {self.base}: derive it from that class")
         if not (isinstance(cls.Options, type) and issubclass(cls.Options, Options)):

@@ -75,7 +75,7 @@ def test_vanilla_adds_nothing(capsys):
 
 def test_json_holds_the_same_for_programs(capsys):
     tree = json.loads(printed(capsys, "--json", "--model", "tiny"))
-    assert tree["schema"] == 1 and tree["model"] == "tiny" and tree["shape"]["width"] == 128
+    assert tree["schema"] == 2 and tree["model"] == "tiny" and tree["shape"]["width"] == 128
     assert sorted(one["name"] for one in tree["variants"]) == NAMES
     of = {one["name"]: one for one in tree["variants"]}
     assert of["vanilla"]["state"] == [{"name": "x", "shape": [128]}] and of["vanilla"]["tensors_at_end"] == 1
@@ -116,7 +116,7 @@ def test_one_in_full_shows_its_options_and_rules(name, capsys):
     assert documentation(name, SHAPE).splitlines()[0].split()[0] in said
     for option in describe(name, SHAPE).options:
         assert re.search(rf"^ *{option.name} .*{re.escape(option.description.split()[0])}", said, flags=re.MULTILINE)
-    for rule in rules_beside_vanilla(name, PRESETS["tiny"]):
+    for rule in rules_beside_vanilla(ModelPlan(PRESETS["tiny"], residual=name)):
         line = re.search(rf"^ *{re.escape(rule.names)} .*$", said, flags=re.MULTILINE)[0]
         assert line.split()[-4:] == [
             "yes" if rule.decay else "no",
@@ -131,7 +131,7 @@ def test_the_rules_beside_vanilla_are_those_of_the_model(name):
     """Each parameter that vanilla has not, or that has another rule, is matched by an entry with its rule, and no entry
     matches another."""
     vanilla, rules = rules_of("vanilla"), rules_of(name)
-    entries = rules_beside_vanilla(name, SHAPE)
+    entries = rules_beside_vanilla(ModelPlan(SHAPE, residual=name))
     for parameter, rule in rules.items():
         treatment = rule.decay, rule.lr_multiplier, rule.epsilon_multiplier, rule.fp32
         matching = [entry for entry in entries if fnmatchcase(parameter, entry.names)]
@@ -182,7 +182,7 @@ def test_a_variant_of_the_users_own(capsys):
     "arguments, message",
     [
         (["--model", "gpt2-medum"], "--model gpt2-medum: did you mean 'gpt2-medium'"),
-        (["layer_skale"], "unknown residual 'layer_skale': did you mean 'layer_scale'"),
+        (["layer_skale"], "unknown residual or attention 'layer_skale': did you mean 'layer_scale'"),
         (["layer_scale(stat=1)"], "no option 'stat': did you mean 'start'"),
         (["layer_scale("], "expected a value at character 13"),
     ],
@@ -266,7 +266,8 @@ def test_a_narrow_terminal_cuts_nothing(width, capsys, monkeypatch):
 
 
 def test_starts_and_choices_are_short():
-    starts = {rule.names: rule.start for rule in rules_beside_vanilla("mhc(streams=2)", PRESETS["tiny"])}
+    plan = ModelPlan(PRESETS["tiny"], residual="mhc(streams=2)")
+    starts = {rule.names: rule.start for rule in rules_beside_vanilla(plan)}
     assert starts["layers.*.mlp.site.phi"] == "0"
     assert starts["layers.*.mlp.site.b"].endswith(", … (8 values)")
     types = {option.name: option.type for option in describe("mhc", SHAPE).options}

@@ -32,6 +32,7 @@ class Blend(Nested):
     three inputs the gate reads that of the values.
     """
 
+    citation = "this project"
     Options = Options
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):

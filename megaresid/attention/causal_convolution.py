@@ -27,6 +27,7 @@ class CausalConvolution(Mixer):
     It tells the order of the last ``kernel`` tokens and sees no further. Of three inputs it takes that of the values.
     """
 
+    citation = "this project"
     ways = True
     reads = (SEGMENT,)
     decodes = True

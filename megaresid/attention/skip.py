@@ -36,6 +36,7 @@ class Skip(Nested):
     with three inputs, that of the values.
     """
 
+    citation = "this project"
     Options = Options
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):

@@ -30,6 +30,7 @@ class Split(Nested):
     MLP does. Two parts of half the width have half the parameters of one mixer.
     """
 
+    citation = "this project"
     Options = Options
 
     def __init__(self, shape: ModelShape, options: Options, *arguments):

@@ -1,10 +1,10 @@
 """Residual variants as plain data: what each is, costs, carries and excludes, at the shape of a model."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from inspect import cleandoc
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from megaresid.model.init import Constant, Normal, Rule, Values, XavierNormal
 from megaresid.model.plan import ModelPlan, component_name
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, ResidualVariant
-from megaresid.spec import parse_pattern
+from megaresid.spec import Component, Options, parse_pattern, type_name
 
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 SHOWN = 4  # of a list of initial values
@@ -24,13 +24,15 @@ SHOWN = 4  # of a list of initial values
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a variant, with the value that it has here."""
+    """One option of a variant or mixer, with the value that it has here. What is ``required`` has no default; both are
+    None where no value is given. A mixer as a value is what a user writes."""
 
     name: str
     type: str
     value: Any
     default: Any
     description: str
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ class ParameterRule:
 
 def describe(spec: str, shape: ModelShape) -> Description:
     """The variant that ``spec`` names, ``name`` or ``name(option=1)``, in every layer. Raises UserError."""
-    pattern = parse_pattern(spec)
-    if len(pattern.components()) > 1 or pattern.terms[0][0] > 1:
-        raise UserError(f"{spec!r} is a pattern over the depth: name one variant, such as {pattern.terms[0][1]}")
+    only_component(spec)
     plan, vanilla = ModelPlan(shape, residual=spec), ModelPlan(shape)
     variant = plan.residual_of(0)
     cost = residual_cost(plan) if _declares_cost(variant) else None
@@ -92,7 +92,7 @@ def describe(spec: str, shape: ModelShape) -> Description:
         name=component_name(variant),
         paper=variant.citation,
         fidelity=variant.fidelity,
-        options=tuple(_options(variant)),
+        options=tuple(options_of(type(variant.options), variant.options)),
         added_parameters=_parameters(variant) - _parameters(vanilla.residual_of(0)),
         added_flops=cost and cost.flops,
         added_flops_percent=cost and 100 * cost.flops / vanilla_flops,
@@ -103,6 +103,14 @@ def describe(spec: str, shape: ModelShape) -> Description:
         equals_vanilla=variant.equals_vanilla,
         incompatible=tuple(_incompatible(variant)),
     )
+
+
+def only_component(spec: str) -> Component:
+    """The one that ``spec`` names. Raises UserError for a pattern."""
+    pattern = parse_pattern(spec)
+    if len(pattern.components()) > 1 or pattern.terms[0][0] > 1:
+        raise UserError(f"{spec!r} is a pattern over the depth: name one variant, such as {pattern.terms[0][1]}")
+    return pattern.terms[0][1]
 
 
 def describe_all(shape: ModelShape) -> list[Description]:
@@ -116,24 +124,20 @@ def documentation(spec: str, shape: ModelShape) -> str:
     return cleandoc(type(ModelPlan(shape, residual=spec).residual_of(0)).__doc__ or "")
 
 
-def _options(variant: ResidualVariant) -> Iterator[Option]:
-    for name, field in type(variant.options).model_fields.items():
+def options_of(cls: type[Options], options: Options | None) -> Iterator[Option]:
+    """Each option of a class, with the value in ``options`` or, without them, its default."""
+    for name, field in cls.model_fields.items():
         bounds = [
             f"{sign} {getattr(bound, key):g}"
             for bound in field.metadata
             for key, sign in BOUNDS.items()
             if hasattr(bound, key)
         ]
-        value = getattr(variant.options, name)
-        kind = " ".join((_type(field.annotation), ", ".join(bounds))).strip()
-        yield Option(name, kind, value, field.default, field.description or "")
-
-
-def _type(annotation: Any) -> str:
-    """As a user reads it: the choices where there are some."""
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(str, get_args(annotation)))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+        default = None if field.is_required() else field.default
+        value = default if options is None else getattr(options, name)
+        plain = value is None or isinstance(value, bool | int | float)
+        kind = " ".join((type_name(field.annotation), ", ".join(bounds))).strip()
+        yield Option(name, kind, value if plain else str(value), default, field.description or "", field.is_required())
 
 
 def _declares_cost(variant: ResidualVariant) -> bool:
@@ -151,15 +155,18 @@ def _incompatible(variant: ResidualVariant) -> Iterator[str]:
         yield from (f"attention {name}" for name, mixer in MIXERS.classes().items() if not mixer.ways)
     if variant.shared():
         yield "pipeline parallelism"
-    buffers = (buffer for module in _modules(variant) for buffer in module.buffers(recurse=False))
-    if any(rule.fp32 for rule in _own_rules(variant)) or any(buffer.is_floating_point() for buffer in buffers):
+    if spoilt_by_bf16(_modules(variant)):
         yield "bf16.enabled"
 
 
-def _own_rules(variant: ResidualVariant) -> Iterator[Rule]:
-    for module in _modules(variant):
-        if hasattr(module, "parameter_rules"):
-            yield from module.parameter_rules().values()
+def spoilt_by_bf16(modules: Iterable[nn.Module]) -> bool:
+    """Whether they have a parameter or buffer that must not be rounded to bf16."""
+    return any(
+        any(buffer.is_floating_point() for buffer in module.buffers(recurse=False))
+        or hasattr(module, "parameter_rules")
+        and any(rule.fp32 for rule in module.parameter_rules().values())
+        for module in modules
+    )
 
 
 def _modules(variant: ResidualVariant) -> Iterator[nn.Module]:
@@ -176,8 +183,9 @@ def _modules(variant: ResidualVariant) -> Iterator[nn.Module]:
             yield from module.modules()
 
 
-def rules_beside_vanilla(spec: str, shape: ModelShape) -> list[ParameterRule]:
-    """The rules of parameters that vanilla has not, or treats otherwise; layers that agree are one entry."""
+def rules_beside_vanilla(plan: ModelPlan) -> list[ParameterRule]:
+    """The rules of parameters that vanilla with softmax attention has not, or treats otherwise; layers that agree are
+    one entry."""
     # DeepSpeed comes with it, for which the table need not wait.
     from megaresid.model.gpt import GPT, canonical_rules
 
@@ -186,8 +194,8 @@ def rules_beside_vanilla(spec: str, shape: ModelShape) -> list[ParameterRule]:
             model = GPT(plan)
         return canonical_rules(model, model.prefixes, plan)
 
-    vanilla, starts = rules_of(ModelPlan(shape)), {}
-    for name, rule in rules_of(ModelPlan(shape, residual=spec)).items():
+    vanilla, starts = rules_of(ModelPlan(plan.shape)), {}
+    for name, rule in rules_of(plan).items():
         if vanilla.get(name) != rule:
             names = re.sub(r"^layers\.\d+\.", "layers.*.", name)
             treatment = (names, rule.decay, rule.lr_multiplier, rule.epsilon_multiplier, rule.fp32)
