@@ -95,7 +95,8 @@ def assert_equal_ends(*runs: Path) -> None:
 def test_a_run_directory_describes_the_run(whole):
     for name in ("config.json", "ds_config.json", "spec.json", "environment.json", "data.json"):
         assert json.loads((whole / name).read_text())["schema"] == 1
-    assert json.loads((whole / "environment.json").read_text())["ranks"] == 2
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["ranks"] == 2 and "kernels" in environment
     assert json.loads((whole / "spec.json").read_text())["hash"]
     assert list((whole / "tensorboard").iterdir())
     # Validations before step 1 and after 2, 4, 6 and 7, and a row of every step.

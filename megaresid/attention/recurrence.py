@@ -60,8 +60,15 @@ def recurrence(
     computes, and the state is, in fp32 (fp64 for fp64), also under autocast. ``state`` is where the first token starts
     from. ``segment`` int32 [B, T] keeps documents apart: the state starts from zero at every token whose number is not
     that of the token before; ``state`` belongs to the document of the first token.
+
+    On a GPU it runs in flash-linear-attention's kernels where ``kernels/routes.py`` says so: tiles are then multiplied
+    in the inputs' type, or autocast's, and their sums and the state are in fp32.
     """
     form = by_steps if q.shape[1] == 1 else by_chunks
+    if q.is_cuda and form is by_chunks:
+        from megaresid.attention.kernels.calls import form_of  # which takes long to import
+
+        form = form_of(q, k, v, g, beta) or form
     return form(q, k, v, g, beta, scale=scale, state=state, segment=segment)
 
 

@@ -54,7 +54,10 @@ class Stepper:
             options := OptimizerOptions(),
         )
         self.optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
-        self.module = torch.compile(model, fullgraph=True) if setting.compile else model
+        self.module = model
+        if setting.compile:
+            dtype = getattr(torch, setting.autocast or "float32")
+            self.module = torch.compile(model, fullgraph=plan.one_graph(torch.device(setting.device), dtype))
         shape, generator = setting.shape, torch.Generator().manual_seed(SEED)
         tokens = torch.randint(shape.vocab_size, (setting.micro_batch, shape.context + 1), generator=generator)
         self.idx, self.targets = (t.contiguous().to(setting.device) for t in (tokens[:, :-1], tokens[:, 1:]))

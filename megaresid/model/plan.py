@@ -4,7 +4,9 @@ from typing import Any, Literal
 
 import torch
 
+from megaresid.attention.kernels.self_check import routes_of
 from megaresid.attention.mixer import MIXERS, SEGMENT, Mixer, SideSpec
+from megaresid.attention.recurrence import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, Opening, ResidualVariant, StateSpec
@@ -159,6 +161,16 @@ class ModelPlan:
 
     def mixer_class(self, layer: int) -> tuple[type[Mixer], Options]:
         return self._mixers[layer]
+
+    def kinds(self) -> frozenset[Kind]:
+        """The recurrences of all mixers, with their sizes."""
+        return frozenset().union(*(cls.kinds(self.shape, options) for cls, options in self._mixers))
+
+    def one_graph(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the model compiles to one graph on a device, with products in ``dtype``: on a GPU every call of one
+        of flash-linear-attention's kernels or layers breaks it."""
+        kernels = any(route.kernel for route in routes_of(self.kinds(), device, dtype).values())
+        return not kernels and not any(cls.needs_of(options) for cls, options in self._mixers)
 
     def residual_of(self, layer: int) -> ResidualVariant:
         return self._residuals[layer]

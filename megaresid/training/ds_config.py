@@ -120,6 +120,11 @@ class DeepSpeedConfig:
         sections = (self.engine.get(name, {}) for name in ("torch_autocast", "bf16"))
         return "bfloat16" if any(section.get("enabled") for section in sections) else None
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype that matrix products run in."""
+        return getattr(torch, self.autocast_dtype or "float32")
+
 
 def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     """Read ``path`` and fill what is "auto" or absent. Raises UserError naming the file, the key and the mend."""

@@ -42,11 +42,13 @@ class Engine:
         self.parameters = canonical_parameters(model, model.prefixes)
         rules = overridden(canonical_rules(model, model.prefixes, plan), config.optimizer.parameter_rules)
         groups = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
-        # The whole model as one graph: an error rather than parts that silently run uncompiled.
-        module = torch.compile(model, fullgraph=True) if config.execution.compile else model
+        self.device = torch.device(get_accelerator().current_device_name())
+        module = model
+        if config.execution.compile:
+            # Where it can be one graph: an error rather than parts that silently run uncompiled.
+            module = torch.compile(model, fullgraph=plan.one_graph(self.device, ds_config.product_dtype))
         self.set_step = functools.partial(set_step, model)
         self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
-        self.device = torch.device(get_accelerator().current_device_name())
         self.batch = batch
         self.stage = ds_config.stage
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
+from megaresid.attention.kernels.self_check import check_kernels
 from megaresid.config import RunConfig
 from megaresid.data.manifest import Manifest, check_vocabulary, load_manifest
 from megaresid.data.sampler import check_capacity
@@ -55,6 +57,7 @@ def prepare(config: RunConfig) -> Prepared:
     batch = plan_batch(config, ranks)
     ds_config = resolve(run.deepspeed_config, config, batch)
     plan = config.plan()
+    check_kernels(plan.kinds(), torch.device(get_accelerator().device_name()), ds_config.product_dtype)
     with torch.device("meta"):
         model = GPT(plan)
     check_states(plan)

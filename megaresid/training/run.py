@@ -10,6 +10,7 @@ import torch.distributed
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
+from megaresid.attention.kernels.self_check import self_check
 from megaresid.data.loader import Loader
 from megaresid.data.sampler import Sampler, windows
 from megaresid.data.shards import TokenStream
@@ -68,7 +69,7 @@ def execute(prepared: Prepared) -> None:
             keep=config.interval.keep_checkpoints or None,
         )
 
-    recorder = _on_rank_0(lambda: _start_record(directory, prepared, course))
+    recorder = _on_rank_0(lambda: _start_record(directory, prepared, course, engine.device))
     loader = Loader(
         prepared.training,
         Sampler(windows(len(prepared.training), shape.context), config.run.seed),
@@ -138,10 +139,10 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]
     return state.step, state.counters
 
 
-def _start_record(directory: RunDirectory, prepared: Prepared, course: Course) -> Recorder:
+def _start_record(directory: RunDirectory, prepared: Prepared, course: Course, device: torch.device) -> Recorder:
     """Describe the run in its directory, on the screen and in TensorBoard."""
     directory.keep_metrics_until(course.first)
-    _describe(directory, prepared)
+    _describe(directory, prepared, device)
     monitors = prepared.ds_config.monitors
     monitors = MonitorMaster(get_monitor_config(monitors)) if monitors else None
     recorder = Recorder(directory.path, course.first, course.steps, monitors)
@@ -169,11 +170,12 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
     recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
 
 
-def _describe(directory: RunDirectory, prepared: Prepared) -> None:
+def _describe(directory: RunDirectory, prepared: Prepared, device: torch.device) -> None:
+    kernels = self_check(prepared.plan.kinds(), device, prepared.ds_config.product_dtype)
     directory.write("config.json", prepared.config.flat())
     directory.write("ds_config.json", prepared.ds_config.engine | prepared.ds_config.monitors)
     directory.write("spec.json", prepared.plan.tree() | {"hash": prepared.plan.hash})
-    directory.write("environment.json", environment())
+    directory.write("environment.json", environment() | {"kernels": kernels})
     directory.write(
         "data.json",
         {

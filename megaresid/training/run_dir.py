@@ -14,7 +14,10 @@ from megaresid.errors import UserError
 
 SCHEMA = 1
 LOCK = ".lock"
-PACKAGES = ("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "numpy", "tiktoken", "tensorboard")
+PACKAGES = (
+    *("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "fla-core"),
+    *("numpy", "tiktoken", "tensorboard"),
+)
 
 
 def check_usable(path: Path, resuming: bool) -> None:
