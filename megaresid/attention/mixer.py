@@ -111,7 +111,10 @@ class Mixer(nn.Module):
     def flops_per_token(cls, shape: ModelShape, options: Options) -> int:
         """Forward FLOPs per token of matrix products, convolutions and recurrences (by their definition, whatever form
         computes them), averaged over a context of ``shape.context`` tokens."""
-        raise NotImplementedError
+        raise UserError(
+            f"attention {MIXERS.name_of(cls)!r} does not say what it costs: give it a classmethod "
+            "flops_per_token(shape, options), which MFU and the table of variants need"
+        )
 
 
 @dataclass(frozen=True)
