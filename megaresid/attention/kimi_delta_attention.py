@@ -17,7 +17,8 @@ from megaresid.model.presets import ModelShape
 
 class Options(GatedOptions):
     lower_bound: float | None = Field(None, lt=0)
-    """Least natural logarithm of the decay of one token; None: no bound. flash-linear-attention's safe_gate."""
+    """Least natural logarithm b of a token's decay, which is then b sigmoid(exp(A_log) (W2 W1 x + dt_bias)), and A_log
+    starts at 0; None: no bound."""
 
 
 def unbounded(logits: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:

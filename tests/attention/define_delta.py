@@ -164,8 +164,8 @@ ROWS = [
     Row("delta_net(qk_activation=relu, heads=1, conv_bias=true)", delta_net("relu", heads=1)),
     Row("gated_delta_net", gated_delta_net(), head_of_family=True),
     Row(
-        "gated_delta_net(heads=1, head_dim=6, num_v_heads=2, use_gate=false, allow_neg_eigval=true)",
-        gated_delta_net(key_heads=1, beta_factor=2),
+        "gated_delta_net(heads=2, head_dim=6, num_v_heads=4, use_gate=false, allow_neg_eigval=true)",
+        gated_delta_net(key_heads=2, beta_factor=2),
     ),
     Row(
         "gated_delta_net(use_short_conv=false, expand_v=1.5, output_gate_activation=sigmoid)",
@@ -173,8 +173,8 @@ ROWS = [
     ),
     Row("kda", kda(), head_of_family=True),
     Row(
-        "kda(heads=1, head_dim=6, num_v_heads=2, expand_v=0.5, use_short_conv=false, allow_neg_eigval=true)",
-        kda(key_heads=1, beta_factor=2),
+        "kda(heads=2, head_dim=6, num_v_heads=4, expand_v=0.5, use_short_conv=false, allow_neg_eigval=true)",
+        kda(key_heads=2, beta_factor=2),
     ),
     Row("kda(lower_bound=-5)", kda(lower_bound=-5)),
 ]
@@ -199,19 +199,19 @@ FLA = {
         dict(num_heads=1, qk_activation="relu", conv_bias=True),
     ),
     "gated_delta_net": ("GatedDeltaNet", dict(num_heads=2, head_dim=16, expand_v=1)),
-    "gated_delta_net(heads=1, head_dim=16, num_v_heads=2, use_gate=false, allow_neg_eigval=true)": (
+    "gated_delta_net(heads=2, head_dim=16, num_v_heads=4, use_gate=false, allow_neg_eigval=true)": (
         "GatedDeltaNet",
-        dict(num_heads=1, head_dim=16, num_v_heads=2, expand_v=1, use_gate=False, allow_neg_eigval=True),
+        dict(num_heads=2, head_dim=16, num_v_heads=4, expand_v=1, use_gate=False, allow_neg_eigval=True),
     ),
     "gated_delta_net(use_short_conv=false, expand_v=2, output_gate_activation=sigmoid)": (
         "GatedDeltaNet",
         dict(num_heads=2, head_dim=16, expand_v=2, use_short_conv=False, output_gate_activation="sigmoid"),
     ),
     "kda": ("KimiDeltaAttention", dict(num_heads=2, head_dim=16)),
-    "kda(heads=1, head_dim=16, num_v_heads=2, expand_v=2, use_short_conv=false, allow_neg_eigval=true)": (
+    "kda(heads=2, head_dim=16, num_v_heads=4, expand_v=2, use_short_conv=false, allow_neg_eigval=true)": (
         "KimiDeltaAttention",
-        dict(num_heads=1, head_dim=16, num_v_heads=2, expand_v=2, use_short_conv=False, allow_neg_eigval=True),
+        dict(num_heads=2, head_dim=16, num_v_heads=4, expand_v=2, use_short_conv=False, allow_neg_eigval=True),
     ),
-    "kda(lower_bound=-5)": ("KimiDeltaAttention", dict(num_heads=2, head_dim=16, safe_gate=True, lower_bound=-5)),
+    "kda(lower_bound=-5)": ("KimiDeltaAttention", dict(num_heads=2, head_dim=16, lower_bound=-5)),
 }
 """The layer of flash-linear-attention with the same options, of a model of width 32 with 2 heads."""
