@@ -54,8 +54,8 @@ def _check_mixers(plan: ModelPlan) -> None:
         y, side = given
         if tuple(y.shape) != (1, TOKENS, shape.width):
             raise UserError(
-                f"{told} makes {list(y.shape)} of [1, {TOKENS}, {shape.width}]: let its forward return [B, T, C], as it "
-                "is given"
+                f"{told} makes {list(y.shape)} of [1, {TOKENS}, {shape.width}]: let its forward return [B, T, C], as "
+                "it is given"
             )
         promised = cls.side_spec(shape, options, entering)
         if [tuple(tensor.shape[2:]) for tensor in side] != [size for _, size in promised]:
