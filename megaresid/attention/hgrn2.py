@@ -1,6 +1,5 @@
 """HGRN2: gated linear attention whose keys are what its decay leaves over."""
 
-import math
 from typing import Literal
 
 import torch
@@ -78,9 +77,9 @@ class HGRN2(LinearMixer):
     def input_and_decay(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """1 - f and log f [B, T, H, D], both exact where sigmoid is near 0 or 1."""
         logits = wide(logits)
-        own = logsigmoid(logits) + math.log1p(-self.bound)
-        least = torch.full_like(own, self.bound).log()
-        return (1 - self.bound) * torch.sigmoid(-logits), torch.logaddexp(own, least)
+        k = (1 - self.bound) * torch.sigmoid(-logits)
+        # Without a bound 1 - k may round to 0.
+        return k, torch.log1p(-k) if self.bound else logsigmoid(logits)
 
     @classmethod
     def check(cls, shape: ModelShape, options: Options) -> None:
