@@ -47,7 +47,7 @@ def _in_blocks(q, k, v, window, segment, dropout):
     query, key = token[window:].unflatten(0, (blocks, window)), token.unfold(0, 2 * window, window)
     mask = _seen(query, key, window) & (key >= 0)[:, None]  # [blocks, window, 2 window]; the padding sees itself
     if segment is not None:
-        padded = pad(segment, (window, tail), value=-1)
+        padded = pad(segment, (window, tail))
         mine, theirs = padded[:, window:].unflatten(1, (blocks, window)), padded.unfold(1, 2 * window, window)
         mask = (mask & (mine[..., None] == theirs[..., None, :])).flatten(0, 1)
     else:

@@ -11,12 +11,11 @@ from mixer_row import Row
 
 FAMILIES = ("softmax", "linear", "delta", "blends")
 
-ROWS: list[Row] = []
-for file in sorted(Path(__file__).parent.glob("define_*.py")):
-    try:
-        ROWS += importlib.import_module(file.stem).ROWS
-    except ModuleNotFoundError:  # TODO H3: goes when all four are there
-        continue
+ROWS: list[Row] = [
+    row
+    for file in sorted(Path(__file__).parent.glob("define_*.py"))
+    for row in importlib.import_module(file.stem).ROWS
+]
 FAMILY_HEADS = [row for row in ROWS if row.head_of_family]
 ROWS_OF_ANY_LENGTH = [row for row in ROWS if not row.grows]
 

@@ -17,29 +17,35 @@ def inputs_of(row, ways: bool):
     return tuple(inputs(row, seed=seed).requires_grad_() for seed in range(3 if ways else 1))
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize(
+    ("documents", "ways"),
+    [
+        pytest.param(False, False, id="one input"),
+        pytest.param(True, True, id="documents, three inputs"),
+        pytest.param(False, True, id="three inputs", marks=pytest.mark.full),
+        pytest.param(True, False, id="documents", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_outputs_and_gradients_equal_the_definition(row, documents):
-    """One input and three; the gradients are those of a random weighting of the outputs."""
+def test_outputs_and_gradients_equal_the_definition(row, documents, ways):
+    """The gradients are those of a random weighting of the outputs."""
     mixers = Mixers(row, documents)
     segment = SEGMENT if documents else None
-    for ways in (False, True):
-        given = inputs_of(row, ways)
-        x = given if ways else given[0]
-        found, expected = mixers(x, segment), mixers.by_definition(x, segment)
-        assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
-        names = ("x_q", "x_k", "x_v") if ways else ("x",)
-        weights, named = inputs(row, seed=9), mixers.parameters() | dict(zip(names, given))
-        gradients, wanted = (
-            torch.autograd.grad((weights * y).sum(), list(named.values()), allow_unused=True)
-            for y in (found, expected)
-        )
-        scale = max(gradient.norm() for gradient in wanted if gradient is not None)
-        for (name, tensor), gradient, want in zip(named.items(), gradients, wanted):
-            assert gradient is not None or name in row.undriven, f"{name} is dead"
-            gradient, want = (torch.zeros_like(tensor) if each is None else each for each in (gradient, want))
-            assert (gradient - want).norm() < 1e-10 * max(want.norm(), 1e-4 * scale), name
-            assert (want.norm() < 1e-12 * scale) == name.endswith(row.undriven or ("-",)), f"{name}: row.undriven"
+    given = inputs_of(row, ways)
+    x = given if ways else given[0]
+    found, expected = mixers(x, segment), mixers.by_definition(x, segment)
+    assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+    names = ("x_q", "x_k", "x_v") if ways else ("x",)
+    weights, named = inputs(row, seed=9), mixers.parameters() | dict(zip(names, given))
+    gradients, wanted = (
+        torch.autograd.grad((weights * y).sum(), list(named.values()), allow_unused=True) for y in (found, expected)
+    )
+    scale = max(gradient.norm() for gradient in wanted if gradient is not None)
+    for (name, tensor), gradient, want in zip(named.items(), gradients, wanted):
+        assert gradient is not None or name in row.undriven, f"{name} is dead"
+        gradient, want = (torch.zeros_like(tensor) if each is None else each for each in (gradient, want))
+        assert (gradient - want).norm() < 1e-10 * max(want.norm(), 1e-4 * scale), name
+        assert (want.norm() < 1e-12 * scale) == name.endswith(row.undriven or ("-",)), f"{name}: row.undriven"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
