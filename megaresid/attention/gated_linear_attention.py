@@ -25,8 +25,8 @@ class SimpleGatedLinearAttention(GatedMixer):
     Gated linear attention (Yang et al. 2023, arXiv 2312.06635, equation 3) with a scalar decay for each head, as
     flash-linear-attention's layer of this name has it: a short convolution on q, k and v, tau = 16.
 
-    4 C^2 parameters, 8 C for the convolutions and C + 1 for each head: 4.22 M at width 1024 with 16
-    heads; with expand_k=1, flash-linear-attention's default, 5.27 M.
+    4 C^2 parameters, 8 C for the convolutions and C + 1 for each head: 4.22 M at width 1024 with 16 heads; with
+    expand_k=1, flash-linear-attention's default, 5.27 M.
     """
 
     citation = "Yang et al. 2023, arXiv 2312.06635"
