@@ -45,9 +45,9 @@ class Options(spec.Options):
 class DeltaNet(DeltaMixer):
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T, o_t = K^-1/2 S_t^T q_t per head, beta_t = sigmoid(w x_t).
 
-    Schlag et al. 2021 (arXiv 2102.11174, equation 15) in the form of Yang et al. 2024 (arXiv 2406.06484, section 3.3):
-    q and k are SiLU(conv(W x)) of norm 1, v is SiLU(conv(W x)), and each head's output is RMS-normed. At width 1024
-    with 16 heads 4.22 M parameters, softmax attention's 4 C^2 and 0.7% more.
+    The delta rule of Schlag et al. 2021 (arXiv 2102.11174, section 4.2) in the block of Yang et al. 2024 (arXiv
+    2406.06484): q and k are SiLU(conv(W x)) of norm 1, v is SiLU(conv(W x)), and each head's output is RMS-normed. At
+    width 1024 with 16 heads 4.22 M parameters, softmax attention's 4 C^2 and 0.7% more.
     """
 
     citation = "Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484"

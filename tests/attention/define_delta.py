@@ -90,7 +90,7 @@ def normed(o, weight):
 
 
 def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None):
-    """arXiv 2406.06484, equation 4 and section 3.3; of arXiv 2102.11174 the maps and the sum norm (equation 24)."""
+    """arXiv 2406.06484; the delta rule, ELU + 1 and the sum norm are those of arXiv 2102.11174, section 4.2."""
 
     def define(p, x, segment, shape):
         count = heads or shape.heads
@@ -108,7 +108,7 @@ def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None):
 
 
 def gated_delta_net(key_heads=None, gate=silu, beta_factor=1):
-    """arXiv 2412.06464, equation 10 and section 3.4, with Mamba-2's decay (arXiv 2405.21060): one number a head.
+    """arXiv 2412.06464, equation 10, with Mamba-2's decay (arXiv 2405.21060): one number a head.
 
     Value head i has the query and the key of head i // (value heads / key heads).
     """
