@@ -16,11 +16,11 @@ from typing import Any, Literal
 import tyro
 
 from megaresid.accelerator import choose_accelerator
+from megaresid.benchmark.outputs import check_outputs, make_folders
 from megaresid.benchmark.variant_report import draw, print_table, summarise
 from megaresid.errors import UserError, exits_with_user_errors, suggestion
 
 SCHEMA = 1
-PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -66,31 +66,12 @@ class Request:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here: leave it out, or use a machine that has one")
-        if self.plot is not None and self.plot.suffix not in PICTURES:
-            raise UserError(f"--plot {self.plot}: name a file that ends in {', '.join(PICTURES)}")
-        for option, file in self.files():
-            if file.exists():
-                raise UserError(f"{option} {file}: it is there already: name another file, or delete it")
-        if len({file.resolve() for _, file in self.files()}) < len(self.files()):
-            raise UserError(f"--json and --plot both name {self.plot}: name two files")
-
-    def files(self) -> list[tuple[str, Path]]:
-        """What is to be written, with the option that names it."""
-        return [(option, file) for option, file in (("--json", self.json), ("--plot", self.plot)) if file is not None]
+        check_outputs(self.json, self.plot)
 
     def describe(self, context: int) -> str:
         """One line, for a context of so many tokens."""
         words = [self.model, f"{self.micro_batch} x {context} tokens", self.device, self.autocast or "float32"]
         return ", ".join(words + ["compiled"] * self.compile)
-
-
-def make_folders(request: Request) -> None:
-    """Make the folders of the files to be written, once all else is checked. Raises UserError."""
-    for option, file in request.files():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option} {file}: {error.strerror}: name another file") from None
 
 
 def visits(entries: list[str], rounds: int) -> Iterator[tuple[int, str, bool]]:
@@ -116,7 +97,7 @@ def compare(request: Request) -> None:
     setting = Setting(
         shape, request.micro_batch, request.device, request.compile, request.autocast, request.threads, request.pairs
     )
-    make_folders(request)
+    make_folders(request.json, request.plot)
     described = request.describe(shape.context)
     print(f"{described}: {len(chosen)} variant(s), {request.rounds} round(s) of {request.pairs} pair(s)", flush=True)
 
