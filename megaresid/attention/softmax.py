@@ -13,6 +13,7 @@ from megaresid.attention.causal_attention import causal_attention
 from megaresid.attention.keys_values import carried, tokens_seen
 from megaresid.attention.mixer import MIXERS, SEGMENT, Inputs, Mixer, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
+from megaresid.attention.projections import split_heads, three
 from megaresid.attention.rotary import rotate
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
@@ -66,7 +67,7 @@ class Softmax(Mixer):
         self.q_norm, self.k_norm = (OutputNorm(size), OutputNorm(size)) if options.qk_norm else (None, None)
 
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
-        x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
+        x_q, x_k, x_v = three(x)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), self.v_proj(x_v), self.segment(side), cache), side
 
     def attend(
@@ -78,7 +79,7 @@ class Softmax(Mixer):
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """From the projections, [B, T, heads * D] each, to the output [B, T, C]."""
-        q, k, v = q.unflatten(-1, (self.heads, -1)), *(z.unflatten(-1, (self.kv_heads, -1)) for z in (k, v))
+        q, k, v = split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.theta is not None:

@@ -6,6 +6,7 @@ from torch import nn
 from megaresid.attention import softmax
 from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import MIXERS, SEGMENT, Inputs, Mixer, Side, SideSpec
+from megaresid.attention.projections import three
 from megaresid.attention.softmax import Softmax
 from megaresid.errors import UserError
 from megaresid.model.init import Constant, Rule
@@ -27,7 +28,7 @@ class FirstValues(Softmax):
     """Softmax attention that hands its values on."""
 
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
-        x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
+        x_q, x_k, x_v = three(x)
         values = self.v_proj(x_v)
         y = self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache)
         return y, (*side, values)
@@ -80,7 +81,7 @@ class ValueResidual(Softmax):
         return {name: Rule(Constant(weight), decay=False, fp32=True) for name, weight in weights.items()}
 
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
-        x_q, x_k, x_v = x if isinstance(x, tuple) else (x, x, x)
+        x_q, x_k, x_v = three(x)
         own = self.v_proj(x_v)
         values = (self.first * side[self.position] + self.own * own).to(own.dtype)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache), side

@@ -31,20 +31,23 @@ def sees(b, t, s, segment, window):
     return s <= t and near and (segment is None or bool(segment[b, t] == segment[b, s]))
 
 
-def softmax(kv_heads=None, rope=None, qk_norm=False, window=None):
+def softmax(heads=None, kv_heads=None, rope=None, qk_norm=False, window=None):
+    """arXiv 1706.03762, equation 1; ``define.attention`` takes the values for themselves."""
+
     def define(p, x, segment, shape):
         x_q, x_k, x_v = three(x)
-        return attention(p, x_q, x_k, linear(x_v, p, "v_proj"), segment, shape.heads)
+        return attention(p, x_q, x_k, linear(x_v, p, "v_proj"), segment, shape)
 
-    def attention(p, x_q, x_k, v, segment, heads):
+    def attention(p, x_q, x_k, v, segment, shape):
+        count = heads or shape.heads
         q, k = linear(x_q, p, "q_proj"), linear(x_k, p, "k_proj")
-        size, shared = q.shape[-1] // heads, heads // (kv_heads or heads)
+        size, shared = q.shape[-1] // count, count // (kv_heads or count)
         lines = []
         for b in range(q.shape[0]):
             tokens = []
             for t in range(q.shape[1]):
                 outputs = []
-                for h in range(heads):
+                for h in range(count):
                     own = slice(h * size, (h + 1) * size)
                     theirs = slice((h // shared) * size, (h // shared + 1) * size)
                     seen = [s for s in range(t + 1) if sees(b, t, s, segment, window)]
@@ -65,15 +68,15 @@ def softmax(kv_heads=None, rope=None, qk_norm=False, window=None):
     return define
 
 
-def value_residual(first, own):
+def value_residual(first, own, **options):
     """V'_2 = a V_1 + b V_2 in the second of two layers (arXiv 2410.17897); the first layer is plain."""
 
     def define(p, x, segment, shape):
-        attention, (x_q, x_k, x_v) = softmax().attention, three(x)
+        attention, (x_q, x_k, x_v) = softmax(**options).attention, three(x)
         p_1 = {name.removeprefix("0."): value for name, value in p.items() if name.startswith("0.")}
         v_1 = linear(x_v, p_1, "v_proj")
         v_2 = p.get("first", first) * v_1 + p.get("own", own) * linear(x_v, p, "v_proj")
-        return attention(p_1, x_q, x_k, v_1, segment, shape.heads) + attention(p, x_q, x_k, v_2, segment, shape.heads)
+        return attention(p_1, x_q, x_k, v_1, segment, shape) + attention(p, x_q, x_k, v_2, segment, shape)
 
     return define
 
@@ -83,12 +86,19 @@ def value_residual(first, own):
 KEYS = ("k_proj.bias",)
 ROWS = [
     Row("softmax", softmax(), undriven=KEYS, grows=True, head_of_family=True),
-    Row("softmax(heads=4, kv_heads=2, bias=false)", lambda p, x, s, shape: softmax(2)(
-        p, x, s, shape.model_copy(update={"heads": 4})), grows=True),
-    Row("softmax(kv_heads=1)", softmax(1), undriven=KEYS, grows=True),
+    Row("softmax(heads=4, kv_heads=2, bias=false)", softmax(heads=4, kv_heads=2), grows=True),
+    Row("softmax(kv_heads=1)", softmax(kv_heads=1), undriven=KEYS, grows=True),
     Row("softmax(positions=none, window=4)", softmax(window=4), undriven=KEYS),
     Row("softmax(positions=rope)", softmax(rope=10000), grows=True),
-    Row("softmax(positions=rope, rope_theta=100, qk_norm=true, kv_heads=1, window=3)", softmax(1, 100, True, 3)),
+    Row(
+        "softmax(positions=rope, rope_theta=100, qk_norm=true, kv_heads=1, window=3)",
+        softmax(kv_heads=1, rope=100, qk_norm=True, window=3),
+    ),
     Row("value_residual", value_residual(0.5, 0.5), layers=2, undriven=KEYS, grows=True),
     Row("value_residual(learned=true, first=0.25)", value_residual(None, None), layers=2, undriven=KEYS, grows=True),
+    Row(
+        "value_residual(first=2, own=-1, kv_heads=1, positions=rope, window=5)",
+        value_residual(2, -1, kv_heads=1, rope=10000, window=5),
+        layers=2,
+    ),
 ]

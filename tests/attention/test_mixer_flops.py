@@ -75,4 +75,4 @@ def test_flops_are_those_that_run(row, monkeypatch):
     said = [mixer.flops_per_token(plan.shape, options) for mixer, options in map(plan.mixer_class, range(row.layers))]
     assert all(type(flops) is int for flops in said)
     found = counted(row, monkeypatch) / plan.shape.context
-    assert int(found) == sum(said), f"{found} counted"
+    assert 0 <= found - sum(said) < row.layers, f"{found} counted; each layer drops a fraction of one"

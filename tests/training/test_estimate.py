@@ -76,5 +76,5 @@ def test_the_dry_run_names_the_published_count(capsys):
     ds_config = DeepSpeedConfig({"optimizer": ADAMW, "zero_optimization": {"stage": 1}}, {})
     print_estimate(ModelPlan(config.shape), config, ds_config, Batch(32, 8, 2), training_tokens=10_000_000_000)
     said = capsys.readouterr().out
-    assert "354,823,168" in said
+    assert "354,823,168" in said and "positions learned, for softmax in 24 of 24 layers" in said
     assert "512 sequences, 524,288 tokens per step" in said and "7,096,238,080 tokens (0.71 epochs" in said
