@@ -135,3 +135,10 @@ def test_flops_of_the_operator_are_those_counted_in_it(chunk, keys, count):
     arguments = list(x[2:]), x[0], -x[1]
     whole, inside = (count_flops(lambda f=f: f(*arguments)) for f in (_scores, _scores._init_fn))
     assert whole == inside
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    x = inputs("channel", False, 20)
+    (gradient,) = torch.autograd.grad(recurrence(**x)[0].sum(), [x["k"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="decayed_scores_backward"):
+        torch.autograd.grad(gradient.square().sum(), [x["g"]])
