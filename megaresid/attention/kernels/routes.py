@@ -68,6 +68,11 @@ class Facts(NamedTuple):
     missing: tuple[str, ...] = ()
     tf32: bool = False
 
+    @property
+    def miscompile(self) -> bool:
+        """Whether Triton makes wrong code of the backward pass of kernels whose decay is a token's and a head's own."""
+        return self.hopper and self.triton is not None and Version("3.4.0") <= Version(self.triton) < Version("3.7.1")
+
 
 class Route(NamedTuple):
     """``kernel`` is None for the plain form; ``reason`` says why it is not the first choice, and is "" where it is."""
@@ -91,10 +96,10 @@ def route(kind: Kind, dtype: torch.dtype, facts: Facts) -> Route:
         return Route(None, f"kernels have no products in {_name(dtype)}")
     able = [kernel for kernel in KERNELS if kernel.delta == kind.delta and _covers(kernel, kind)]
     first = able[0]
-    kernel = next(kernel for kernel in able if not (kernel.scalar_gated and _miscompiles(facts)))
+    kernel = next(kernel for kernel in able if not (kernel.scalar_gated and facts.miscompile))
     if dtype not in kernel.dtypes:
         return Route(None, f"{kernel.name} does not take {_name(dtype)}")
-    _check_installed(facts)
+    check_installed(facts, "attention by a recurrence on a GPU")
     if kernel.widest is not None and kind.keys > kernel.widest:
         raise UserError(
             f"a head's keys are {kind.keys} wide, and {kernel.name}, the GPU's kernel, takes at most {kernel.widest}: "
@@ -109,12 +114,9 @@ def _covers(kernel: Kernel, kind: Kind) -> bool:
     return DECAYS.index(kernel.decay) >= DECAYS.index(kind.decay)
 
 
-def _miscompiles(facts: Facts) -> bool:
-    return facts.hopper and facts.triton is not None and Version("3.4.0") <= Version(facts.triton) < Version("3.7.1")
-
-
-def _check_installed(facts: Facts) -> None:
-    needs = "attention by a recurrence on a GPU needs fla-core 0.6.0 and Triton 3.3 or newer"
+def check_installed(facts: Facts, what: str) -> None:
+    """Raises UserError where ``what``, which runs in fla's kernels, has not the versions of them that are right."""
+    needs = f"{what} needs fla-core 0.6.0 and Triton 3.3 or newer"
     lacks = [name for name, version in (("fla-core", facts.fla), ("triton", facts.triton)) if version is None]
     if lacks := lacks + list(facts.missing):
         raise UserError(f"{needs}, and there is no {' and no '.join(lacks)}: {_mend(facts)}")
