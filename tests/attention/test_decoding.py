@@ -26,11 +26,15 @@ def test_pieces_are_the_whole(row, segment):
         assert (found - whole).abs().max() < 1e-10 * whole.abs().max(), way
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("row", FAMILY_HEADS, ids=str)
-def test_a_prompt_longer_than_a_chunk(row):
-    mixers, x = Mixers(row), inputs(row, 141, batch=1)
-    whole = mixers(x)
-    found = in_pieces(mixers, x, (70, 1, 1, 67, 1, 1))
+def test_a_prompt_longer_than_a_chunk(row, documents):
+    """Documents begin with a chunk, with a piece, and inside of both."""
+    mixers, x = Mixers(row, documents), inputs(row, 141, batch=1)
+    starts = torch.zeros(1, 141, dtype=torch.int32).index_fill_(1, torch.tensor([64, 67, 72, 100, 140]), 1)
+    segment = starts.cumsum(1, dtype=torch.int32) if documents else None
+    whole = mixers(x, segment)
+    found = in_pieces(mixers, x, (70, 1, 1, 67, 1, 1), segment)
     assert (found - whole).abs().max() < 1e-10 * whole.abs().max()
 
 
