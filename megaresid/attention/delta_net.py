@@ -32,6 +32,7 @@ class Options(spec.Options):
     conv_size: int = Field(4, ge=1)
     """Tokens that the convolution sees."""
     conv_bias: bool = False
+    """Whether the convolutions add a number for every channel."""
     qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
     """elu is ELU + 1."""
     qk_norm: Literal["l2", "sum"] = "l2"
@@ -39,6 +40,7 @@ class Options(spec.Options):
     allow_neg_eigval: bool = False
     """Whether beta goes to 2 instead of 1 (arXiv 2411.12537)."""
     norm_eps: float = Field(1e-5, gt=0)
+    """Of the norm of a head's output."""
 
 
 @MIXERS.register("delta_net")
@@ -51,6 +53,7 @@ class DeltaNet(DeltaMixer):
     """
 
     citation = "Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484"
+    fidelity = "exact"
     Options = Options
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):

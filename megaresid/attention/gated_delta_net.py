@@ -33,15 +33,18 @@ class GatedOptions(spec.Options):
     conv_size: int = Field(4, ge=1)
     """Tokens that the convolution sees."""
     conv_bias: bool = False
+    """Whether the convolutions add a number for every channel."""
     allow_neg_eigval: bool = False
     """Whether beta goes to 2 instead of 1 (arXiv 2411.12537)."""
     norm_eps: float = Field(1e-5, gt=0)
+    """Of the norm of a head's output."""
 
 
 class Options(GatedOptions):
     use_gate: bool = True
     """Whether the output is gated by an activation of W x."""
     output_gate_activation: Literal["swish", "silu", "sigmoid"] = "swish"
+    """The function of the output gate."""
 
 
 def gated_sizes(name: str, shape: ModelShape, options: GatedOptions) -> DeltaSizes:
@@ -77,6 +80,7 @@ class GatedDeltaNet(DeltaMixer):
     """
 
     citation = "Yang, Kautz & Hatamizadeh 2024, arXiv 2412.06464"
+    fidelity = "reconstructed: values are as wide as keys by default, instead of twice"
     decay = "head"
     Options = Options
 

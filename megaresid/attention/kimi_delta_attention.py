@@ -42,6 +42,7 @@ class KimiDeltaAttention(DeltaMixer):
     """
 
     citation = "Kimi Team 2025, arXiv 2510.26692"
+    fidelity = "exact"
     decay = "channel"
     Options = Options
 

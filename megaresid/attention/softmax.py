@@ -21,9 +21,9 @@ from megaresid.model.presets import ModelShape
 
 class Options(spec.Options):
     heads: int | None = Field(None, ge=1)
-    """Instead of the model's."""
+    """Heads; none: those of the model's shape."""
     kv_heads: int | None = Field(None, ge=1)
-    """Heads of keys and values, each shared by heads/kv_heads of the queries; 1 is multi-query. None: as many."""
+    """Heads of keys and values, each shared by heads/kv_heads of the queries; 1 is multi-query, none as many."""
     positions: Literal["learned", "rope"] | None = "learned"
     """How tokens are told apart: the model's learned embeddings, rotation of q and k, or not at all."""
     rope_theta: float = Field(10000.0, gt=0)
@@ -31,7 +31,7 @@ class Options(spec.Options):
     qk_norm: bool = False
     """RMS norms of every head's q and k, with weights."""
     window: int | None = Field(None, ge=1)
-    """How many tokens a token sees, itself included; None: all before it."""
+    """How many tokens a token sees, itself included; none: all before it."""
     bias: bool = True
     """Of the four projections, as GPT-2 has them."""
 
@@ -42,12 +42,15 @@ class Softmax(Mixer):
 
     Vaswani et al. 2017 (arXiv 1706.03762, equation 1) with GPT-2's causal mask and biases. Keys and values may be
     shared by several heads (Shazeer 2019, arXiv 1911.02150; Ainslie et al. 2023, arXiv 2305.13245), q and k turned
-    (``rotary.py``) and normed (Henry et al. 2020, arXiv 2010.04245; with RMS norms and weights as in Dehghani et al.
-    2023, arXiv 2302.05442), and tokens seen only in a window (Beltagy et al. 2020, arXiv 2004.05150). q is made of x_q,
-    k of x_k, v of x_v.
+    (``rotary.py``), and tokens seen only in a window (Beltagy et al. 2020, arXiv 2004.05150). q and k may be normed:
+    by their length in Henry et al. 2020 (arXiv 2010.04245), by a LayerNorm in Dehghani et al. 2023 (arXiv 2302.05442),
+    here by an RMS norm over the width of a head, with weights that all heads share. q is made of x_q, k of x_k, v of
+    x_v.
     """
 
     citation = "Vaswani et al. 2017, arXiv 1706.03762"
+    fidelity = "exact"
+    fidelity = "exact"
     ways = True
     reads = (SEGMENT,)
     decodes = True

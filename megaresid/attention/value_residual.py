@@ -45,6 +45,7 @@ class ValueResidual(Softmax):
     """
 
     citation = "Zhou et al. 2024, arXiv 2410.17897"
+    fidelity = "exact"
     reads = (SEGMENT, VALUES)
     Options = Options
 
