@@ -176,12 +176,12 @@ class _Layers:
         return self.shape.layers * cls.flops_per_token(self.shape, options)
 
     def carried_bytes(self, length: int) -> int:
-        """For one text of ``length`` tokens."""
+        """For one text of ``length`` tokens, after its last one."""
         caches = Cache(length), Cache(length)
         with self.without_memory, torch.no_grad():
             for layer, cache in enumerate(caches):
-                side = (torch.zeros(1, 1, *size) for _, size in self.plan.side_spec(layer))
-                self.mixers[layer](torch.zeros(1, 1, self.shape.width), tuple(side), cache)
+                side = (torch.zeros(1, length, *size) for _, size in self.plan.side_spec(layer))
+                self.mixers[layer](torch.zeros(1, length, self.shape.width), tuple(side), cache)
         return self._over_depth(*(cache.bytes() for cache in caches))
 
     def incompatible(self) -> Iterator[str]:
