@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megaresid import variants
+from megaresid.attention.mixer import MIXERS
 from megaresid.errors import UserError
 from megaresid.model.describe import describe, describe_all, documentation, rules_beside_vanilla
 from megaresid.model.gpt import GPT, canonical_rules
@@ -161,7 +162,10 @@ def test_what_it_cannot_be_trained_with_is_what_is_refused(name):
     if "pipeline parallelism" in excluded:
         with pytest.raises(UserError, match="pipeline"):
             pipeline_module(ModelPlan(SHAPE, residual=name), stages=1, seed=0)
-    for attention in (entry.removeprefix("attention ") for entry in excluded if entry.startswith("attention ")):
+    refused = {entry.removeprefix("attention ") for entry in excluded if entry.startswith("attention ")}
+    one_input = {attention for attention, mixer in MIXERS.classes().items() if not mixer.ways}
+    assert refused == (one_input if RESIDUALS.classes()[name].ways else set())
+    for attention in (mixer for mixer in refused if not MIXERS.classes()[mixer].needs):  # what this machine can build
         with pytest.raises(UserError, match="separate inputs"):
             ModelPlan(SHAPE, attention, name)
 
