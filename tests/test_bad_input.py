@@ -122,7 +122,7 @@ def test_an_unknown_preset_option_or_key(workplace, capsys):
     assert "did you mean 'reference'" in fails_with(workplace, capsys, "--preset", "referense")
     assert "did you mean 'steps'" in fails_with(workplace, capsys, "--step-s", "3")
     assert "did you mean 'vanilla'" in fails_with(workplace, capsys, "--residual", "vanila")
-    assert "has no option 'window'" in fails_with(workplace, capsys, "--attention", "softmax(window=3)")
+    assert "has no option 'windows'" in fails_with(workplace, capsys, "--attention", "softmax(windows=3)")
     (workplace / "run.json").write_text('{"lerning_rate": 1e-3}')
     said = fails_with(workplace, capsys, "--config", str(workplace / "run.json"))
     assert "did you mean 'learning_rate'" in said
