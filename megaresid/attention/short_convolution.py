@@ -5,7 +5,7 @@ from torch import nn
 
 from megaresid.attention.activations import activation
 from megaresid.attention.cache import Cache
-from megaresid.model.init import STD, Constant, Normal, Rule
+from megaresid.model.init import Constant, Rule, Uniform
 
 
 class ShortConvolution(nn.Module):
@@ -23,7 +23,7 @@ class ShortConvolution(nn.Module):
         self.kernel, self.act = kernel, activation(act)
 
     def parameter_rules(self) -> dict[str, Rule]:
-        rules = {"weight": Rule(Normal(STD), decay=True), "bias": Rule(Constant(0.0), decay=False)}
+        rules = {"weight": Rule(Uniform(self.kernel**-0.5), decay=True), "bias": Rule(Constant(0.0), decay=False)}
         return {name: rules[name] for name, _ in self.named_parameters()}
 
     def forward(

@@ -12,7 +12,7 @@ from torch import nn
 from megaresid.attention.mixer import MIXERS
 from megaresid.errors import UserError
 from megaresid.model.flops import forward_flops_per_token, residual_cost, vanilla_saved_bytes_per_token
-from megaresid.model.init import Constant, Normal, Rule, Values, XavierNormal
+from megaresid.model.init import Normal, Rule, Start, Values
 from megaresid.model.plan import ModelPlan, component_name
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, ResidualVariant
@@ -206,7 +206,7 @@ def rules_beside_vanilla(plan: ModelPlan) -> list[ParameterRule]:
     ]
 
 
-def _start(start: Normal | XavierNormal | Constant | Values) -> str:
+def _start(start: Start) -> str:
     """In short: of many values, the first ones and how many there are."""
     if isinstance(start, Normal) and start.std == 0:
         return "0"

@@ -12,14 +12,17 @@ weight of an output projection         N(0, 0.02 / sqrt(2 layers))    yes
 weight and bias of a LayerNorm         1 and 0                        no
 =====================================  =============================  ======
 
-The linear mixers', as in flash-linear-attention and Mamba-2 (Dao and Gu 2024):
+The linear mixers', as in flash-linear-attention's layers and Mamba-2 (Dao and Gu 2024):
 
 =====================================  =============================  ======
-weight of a short convolution          N(0, 0.02)                     yes
+weight of a short convolution          U(-1, 1) / sqrt(kernel)        yes
 weight of the norm of a head's output  1                              no
 ``A_log``, whose exp scales a decay    log U(0, 16) or log U(1, 16)   no
 ``dt_bias``, in the decay's softplus   softplus in [0.001, 0.1]       no
 =====================================  =============================  ======
+
+A convolution starts as PyTorch's does, as in those layers and in the code of Mamba-2's authors. flash-linear-attention's
+models draw it from N(0, 0.02) once more: what passes it is then so small that the norm of a head's output is all epsilon.
 
 Output projections are those that write to the residual stream. What a residual variant or a mixer adds of its own
 is declared in its file by ``parameter_rules``, which goes before this table for the module and all below it; a variant
@@ -72,6 +75,19 @@ class XavierNormal:
 
     def __str__(self) -> str:
         return f"Xavier, gain {self.gain:.3g}"
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Independent entries between -``bound`` and ``bound``."""
+
+    bound: float
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        return (2 * torch.rand(shape, generator=generator) - 1) * self.bound
+
+    def __str__(self) -> str:
+        return f"U(-{self.bound:.3g}, {self.bound:.3g})"
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,9 @@ class Values:
         return ", ".join(shown + ["…"] * (len(self.values) > 8))
 
 
+Start = Normal | XavierNormal | Uniform | LogUniform | TimeStep | Constant | Values
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one parameter starts, and how the optimizer treats it.
@@ -142,7 +161,7 @@ class Rule:
     ``epsilon_multiplier`` scales the epsilon of the Adam family.
     """
 
-    start: Normal | XavierNormal | LogUniform | TimeStep | Constant | Values
+    start: Start
     decay: bool
     lr_multiplier: float = 1.0
     epsilon_multiplier: float = 1.0

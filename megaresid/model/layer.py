@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
     def forward(self, tensors: State | torch.Tensor, cache: Cache | None = None) -> State:
         tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpoint(self._run, *tensors, use_reentrant=False)
         return self._run(*tensors, cache=cache)
 

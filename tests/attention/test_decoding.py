@@ -4,6 +4,7 @@ import pytest
 import torch
 from mixer_models import LENGTH, SEGMENT, Mixers, inputs
 from mixer_table import FAMILY_HEADS, ROWS, ROWS_OF_ANY_LENGTH
+from small_models import IDX, SHAPE, model_of
 
 CUTS = {"token by token": (1,) * LENGTH, "in uneven pieces": (1, 4, 2, 1, 3), "a prompt, then tokens": (8, 1, 1, 1)}
 
@@ -60,3 +61,13 @@ def test_keys_and_values_lie_in_place_from_the_first_token(row):
         mixers(token, None, caches)
         places.add(tuple(t.untyped_storage().data_ptr() for c in caches for t in c.tensors.values() if t.dim() > 1))
     assert len(places) == 1
+
+
+def test_a_model_that_recomputes_its_layers_goes_on_from_a_cache_too():
+    """Also where gradients are enabled, as they are by default."""
+    model = model_of("vanilla", attention="gla + softmax", recompute=True)
+    idx = IDX[:, : SHAPE.context]
+    expected, _ = model(idx)
+    cache = model.init_cache(SHAPE.context)
+    found = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(2, 1)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

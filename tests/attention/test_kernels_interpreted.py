@@ -39,7 +39,7 @@ def interpreter():
 def assert_close(found: dict[str, float], tolerance: float) -> None:
     """A decay's gradient is a sum whose terms cancel, a constant one's over all tokens: it is let be worse."""
     assert found.pop("dg", 0.0) < 10 * tolerance
-    assert max(found.values()) < tolerance
+    assert all(error < tolerance for error in found.values()), found
 
 
 @pytest.mark.parametrize(("kernel", "decay"), SINGLE, ids=named)
@@ -69,8 +69,8 @@ def test_in_fp16_they_are_within_its_rounding(interpreter, kernel):
     in bf16."""
     kind = Kind(kernel.decay, kernel.delta, 32, 32)
     found = interpreter.run(errors, kernel, kind, CPU, torch.float16, segment=DOCUMENTS[:1], batch=1)
-    assert max(found.pop("output"), found.pop("state")) < FORWARD / 8
-    assert max(found.values()) < GRADIENT / 8
+    assert all(found.pop(name) < FORWARD / 8 for name in ("output", "state"))
+    assert all(error < GRADIENT / 8 for error in found.values()), found
 
 
 def test_the_self_check_passes_what_is_right(interpreter):

@@ -54,8 +54,8 @@ def assert_right(kernel: Kernel, decay: str, dtype: torch.dtype, length: int, wi
     found = errors(kernel, kind, GPU, dtype, reference=torch.float32, length=length, heads=4, **keywords)
     forward, gradient = TOLERANCE[dtype]
     results = {name: found.pop(name) for name in ("output", "state")}
-    assert max(results.values()) < forward, results
-    assert max(found.values()) < gradient, found
+    assert all(error < forward for error in results.values()), results
+    assert all(error < gradient for error in found.values()), found
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -91,7 +91,7 @@ def test_widths_that_kernels_do_not_have(kernel, widths):
     if kernel.scalar_gated and facts_here().miscompile:
         pytest.skip(f"{kernel.name} is never run here")
     found = errors(kernel, Kind(kernel.decay, kernel.delta, *widths), GPU, BF16, length=200)
-    assert max(found.values()) < GRADIENT
+    assert all(error < GRADIENT for error in found.values()), found
 
 
 def test_the_self_check_passes_here_and_runs_no_kernel_that_is_known_to_be_wrong():

@@ -9,7 +9,7 @@ from torch import nn
 from megaresid.attention.softmax import Softmax
 from megaresid.config import OptimizerOptions
 from megaresid.model.gpt import build, canonical_name, canonical_parameters, canonical_rules
-from megaresid.model.init import Constant, LogUniform, Normal, Rule, TimeStep, fill, generator_for
+from megaresid.model.init import Constant, LogUniform, Normal, Rule, TimeStep, Uniform, fill, generator_for
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
@@ -74,6 +74,7 @@ def softplus(x):
 
 
 LEVELS = {
+    Uniform(0.5): lambda x: x.double() + 0.5,
     LogUniform(0, 16): lambda x: x.double().exp() / 16,
     LogUniform(1, 16): lambda x: (x.double().exp() - 1) / 15,
     TimeStep(0.001, 0.1): lambda x: (softplus(x) / 0.001).log() / math.log(100),

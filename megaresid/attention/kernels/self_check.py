@@ -56,14 +56,16 @@ def checked_errors(kernel: Kernel, kind: Kind, device: torch.device, dtype: torc
     except Exception as error:  # of Triton's compiler and the driver, which have no common class
         what = str(error).partition("\n")[0]
         raise UserError(f"{where} fails on this GPU ({type(error).__name__}: {what}): {MEND}") from error
-    forward = max(found.pop("output"), found.pop("state"))
-    gradient = max(found.values())
-    if not (forward < FORWARD and gradient < GRADIENT):  # one that is not a number is wrong too
+    limits = {name: FORWARD if name in ("output", "state") else GRADIENT for name in found}
+    wrong = {name: error for name, error in found.items() if not error < limits[name]}  # not a number is wrong too
+    if wrong:
+        told = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
         raise UserError(
-            f"{where} is wrong on this GPU: its results are off by {forward:.2g} of their size and its gradients by "
-            f"{gradient:.2g}, where {FORWARD} and {GRADIENT} would pass: {MEND}"
+            f"{where} is wrong on this GPU: off by these parts of their size: {told}, where {FORWARD} of results and "
+            f"{GRADIENT} of gradients would pass: {MEND}"
         )
-    return {"forward_error": forward, "gradient_error": gradient}
+    forward = max(found["output"], found["state"])
+    return {"forward_error": forward, "gradient_error": max(found[name] for name in found if name.startswith("d"))}
 
 
 MEND = "install other versions of triton and flash-linear-attention, or choose another attention"
