@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn.functional import dropout
 
 from megaresid import spec
 from megaresid.attention.cache import Cache
@@ -58,7 +57,7 @@ class Softmax(Mixer):
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):
         super().__init__(shape, options, layer, entering)
-        self.heads, self.kv_heads = _heads(shape, options)
+        self.heads, self.kv_heads = head_counts(shape, options)
         self.window, self.dropout = options.window, shape.dropout
         self.theta = options.rope_theta if options.positions == "rope" else None
         kv_width = self.kv_width(shape, options)
@@ -98,18 +97,17 @@ class Softmax(Mixer):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # [B, heads, T, D]
         attention_dropout = self.dropout if self.training else 0.0
         o = causal_attention(q, k, v, self.window, segment, attention_dropout)
-        y = self.o_proj(o.transpose(1, 2).flatten(-2))
-        return dropout(y, self.dropout, self.training)
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
 
     @classmethod
     def kv_width(cls, shape: ModelShape, options: Options) -> int:
         """Of the keys, and of the values, of a token."""
-        heads, kv_heads = _heads(shape, options)
+        heads, kv_heads = head_counts(shape, options)
         return shape.width // heads * kv_heads
 
     @classmethod
     def check(cls, shape: ModelShape, options: Options) -> None:
-        heads, kv_heads = _heads(shape, options)
+        heads, kv_heads = head_counts(shape, options)
         if shape.width % heads:
             raise UserError(f"attention {cls.name!r}: heads={heads} does not divide width {shape.width}: change one")
         if heads % kv_heads:
@@ -133,7 +131,7 @@ class Softmax(Mixer):
         return projections + 2 * 2 * shape.width * pairs // shape.context
 
 
-def _heads(shape: ModelShape, options: Options) -> tuple[int, int]:
+def head_counts(shape: ModelShape, options: Options) -> tuple[int, int]:
     """Of the queries, and of keys and values."""
     heads = options.heads or shape.heads
     return heads, options.kv_heads or heads

@@ -7,7 +7,7 @@ from megaresid.attention import softmax
 from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import MIXERS, SEGMENT, Inputs, Mixer, Side, SideSpec
 from megaresid.attention.projections import three
-from megaresid.attention.softmax import Softmax
+from megaresid.attention.softmax import Softmax, head_counts
 from megaresid.errors import UserError
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
@@ -31,14 +31,14 @@ class FirstValues(Softmax):
         x_q, x_k, x_v = three(x)
         values = self.v_proj(x_v)
         y = self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache)
-        return y, (*side, values)
+        return y, (*side, values.unflatten(-1, (self.kv_heads, -1)))
 
 
 @MIXERS.register("value_residual")
 class ValueResidual(Softmax):
     """Softmax attention with V'_l = a V_1 + b V_l: Zhou et al. 2024, arXiv 2410.17897, section 3 (ResFormer).
 
-    V_1, of all heads of keys and values side by side, are the values of the first layer that has this mixer, which is
+    V_1, [B, T, heads, D] of keys and values, are the values of the first layer that has this mixer, which is
     plain softmax attention itself; they travel in the side channel. a and b are constants (1/2 each in the paper's
     identity form) or learned in each layer. A cache keeps the mixed values. The FLOPs are softmax attention's: the mix
     is elementwise.
@@ -67,13 +67,14 @@ class ValueResidual(Softmax):
 
     @classmethod
     def side_spec(cls, shape: ModelShape, options: Options, entering: SideSpec) -> SideSpec:
-        first, width = dict(entering).get(VALUES), cls.kv_width(shape, options)
+        heads, kv_heads = head_counts(shape, options)
+        first, own = dict(entering).get(VALUES), (kv_heads, shape.width // heads)
         if first is None:
-            return (*entering, (VALUES, (width,)))
-        if first != (width,):
+            return (*entering, (VALUES, own))
+        if first != own:
             raise UserError(
-                f"attention 'value_residual': the first layer's values are {first[0]} wide, and a later layer's "
-                f"{width}: give all of them the same heads and kv_heads"
+                f"attention 'value_residual': the first layer has {first[0]} heads of values, {first[1]} wide, and a "
+                f"later one {own[0]}, {own[1]} wide: give all of them the same heads and kv_heads"
             )
         return entering
 
@@ -84,5 +85,5 @@ class ValueResidual(Softmax):
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         x_q, x_k, x_v = three(x)
         own = self.v_proj(x_v)
-        values = (self.first * side[self.position] + self.own * own).to(own.dtype)
+        values = (self.first * side[self.position].flatten(-2) + self.own * own).to(own.dtype)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache), side

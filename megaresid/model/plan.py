@@ -197,7 +197,8 @@ class ModelPlan:
 
     @property
     def hash(self) -> str:
-        """sha256 of the tree: the same for every way of writing the same plan."""
+        """sha256 of the tree: the same however patterns, presets and defaults are written. An option that is left to the
+        shape is not the same as its value written out."""
         return fingerprint(self.tree())
 
 

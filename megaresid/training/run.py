@@ -171,7 +171,8 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
 
 
 def _describe(directory: RunDirectory, prepared: Prepared, device: torch.device) -> None:
-    kernels = self_check(prepared.plan.kinds(), device, prepared.ds_config.product_dtype)
+    plan, dtype = prepared.plan, prepared.ds_config.product_dtype
+    kernels = self_check(plan.kinds(), device, dtype, plan.documents)
     directory.write("config.json", prepared.config.flat())
     directory.write("ds_config.json", prepared.ds_config.engine | prepared.ds_config.monitors)
     directory.write("spec.json", prepared.plan.tree() | {"hash": prepared.plan.hash})

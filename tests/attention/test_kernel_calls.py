@@ -76,6 +76,8 @@ def test_documents_in_a_row_laid_end_to_end():
     assert (offsets.tolist(), first.tolist(), last.tolist()) == ([0, 3, 4, 8], [0, 2], [1, 2])
     assert documents_of(segment).offsets is offsets
     assert documents_of(segment.clone()).offsets is not offsets
+    segment.zero_()  # in its place, as a replayed graph does
+    assert documents_of(segment).offsets.tolist() == [segment.shape[1] * row for row in range(len(segment) + 1)]
 
 
 def test_a_call_breaks_a_compiled_graph_once(monkeypatch):
@@ -129,9 +131,27 @@ NAN = float("nan")
     ids=str,
 )
 def test_what_is_not_a_number_or_too_far_off_is_refused(monkeypatch, bad):
-    monkeypatch.setattr(self_check, "errors", lambda *_: {"output": 0.0, "state": 0.0, "dq": 0.0, "dk": 0.0} | bad)
+    monkeypatch.setattr(self_check, "errors", lambda *_, **__: {"output": 0.0, "state": 0.0, "dq": 0.0, "dk": 0.0} | bad)
     with pytest.raises(UserError, match="is wrong on this GPU"):
         checked_errors(KERNELS[0], Kind("none", False, 16, 16), CPU, torch.float32)
+
+
+def test_the_self_check_keeps_documents_apart_where_the_run_does(monkeypatch):
+    """A kernel whose state crosses documents passes only where there are none."""
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "chunk_gla")
+    fla_stand_in.install(monkeypatch, chunk_gla=deaf_to_documents)
+    kind = Kind("channel", False, 16, 16)
+    assert checked_errors(kernel, kind, CPU, torch.float32)["forward_error"] < 1e-6
+    with pytest.raises(UserError, match="is wrong on this GPU: off by these parts of their size: output by"):
+        checked_errors(kernel, kind, CPU, torch.float32, documents=True)
+
+
+def deaf_to_documents(cu_seqlens=None, **arguments):
+    arguments.pop("output_final_state"), arguments.update(state=arguments.pop("initial_state"))
+    if cu_seqlens is None:
+        return by_steps(**arguments)
+    state, arguments["state"] = arguments["state"], arguments["state"][:1]
+    return by_steps(**arguments)[0], state
 
 
 def test_the_self_check_is_recorded(monkeypatch):
@@ -140,7 +160,7 @@ def test_the_self_check_is_recorded(monkeypatch):
     assert self_check.self_check(kinds, CPU, torch.bfloat16) == PLAIN
     monkeypatch.setattr(self_check, "route", lambda kind, *_: Route(KERNELS[0] if kind.decay == "none" else None, "x"))
     monkeypatch.setattr(self_check, "facts_of", lambda device: None)
-    monkeypatch.setattr(self_check, "errors", lambda *_: {"output": 0.001, "state": 0.002, "dq": 0.003, "dk": 0.001})
+    monkeypatch.setattr(self_check, "errors", lambda *_, **__: {"output": 0.001, "state": 0.002, "dq": 0.003, "dk": 0.001})
     assert self_check.self_check(kinds, GPU, torch.bfloat16) == {
         "dtype": "bfloat16",
         "recurrences": [

@@ -172,7 +172,11 @@ def test_a_bias_and_shared_keys_are_as_many_parameters_as_they_should_be():
         ("softmax(positions=alibi)", "attention 'softmax': positions=alibi is not valid"),
         ("softmax(windows=4)", "attention 'softmax' has no option 'windows': did you mean 'window'?"),
         ("value_residual(kv_heads=3)", "attention 'value_residual': kv_heads=3 does not divide heads 4: change one"),
-        ("value_residual + value_residual(kv_heads=1)", "attention 'value_residual': the first layer's values are 32"),
+        ("value_residual + value_residual(kv_heads=1)", "attention 'value_residual': the first layer has 4 heads of val"),
+        (
+            "value_residual(heads=2, kv_heads=1) + value_residual(kv_heads=2)",
+            "attention 'value_residual': the first layer has 1 heads of values, 16 wide, and a later one 2, 8 wide: ",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(spec, said):

@@ -130,7 +130,7 @@ def test_own_values_alone_are_softmax(learned):
 
 def test_the_values_travel_no_further_than_they_are_read():
     plan = ModelPlan(SHAPE, "softmax + 2*value_residual + softmax")
-    values = (("values", (SHAPE.width,)),)
+    values = (("values", (SHAPE.heads, SHAPE.width // SHAPE.heads)),)
     assert [plan.side_spec(layer) for layer in range(5)] == [(), (), values, (), ()]
 
 
@@ -143,7 +143,7 @@ def test_the_values_are_those_of_muddformers_own_input():
             parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
     q, k, v = (torch.randn(2, 5, SHAPE.width, dtype=torch.float64) for _ in range(3))
     _, (values,) = mixer((q, k, v), ())
-    assert (values - (v @ mixer.v_proj.weight.T + mixer.v_proj.bias)).abs().max() < 1e-12
+    assert (values.flatten(-2) - (v @ mixer.v_proj.weight.T + mixer.v_proj.bias)).abs().max() < 1e-12
     assert torch.isfinite(model_of("value_residual", residual="mudd_former")(IDX[:, :-1], IDX[:, 1:])[1])
 
 
@@ -154,5 +154,5 @@ def test_under_bf16_autocast_the_weights_are_not_rounded():
     for first in (0.5, 0.5005):
         mixer = model_of(f"value_residual(first={first})").float().parts[4].attention
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs.append(mixer(x, (100 * torch.ones_like(x),))[0])
+            outputs.append(mixer(x, (100 * torch.ones_like(x).unflatten(-1, (SHAPE.heads, -1)),))[0])
     assert not torch.equal(*outputs)

@@ -103,6 +103,19 @@ def test_bf16_autocast_keeps_the_loss_and_the_stream_in_fp32():
     assert 0 < abs(loss - exact) < 2e-2 * exact  # bf16 has 8 bits
 
 
+@pytest.mark.parametrize("attention", ["softmax", "gla", "delta_net", "blend(gla, causal_conv)"])
+def test_dropout_of_a_mixers_output_is_every_mixers(attention):
+    """The embedding's and the MLP's apart: all that differs between two passes is what the mixers gave."""
+    model = build(ModelPlan(SHAPE.model_copy(update={"dropout": 0.3}), attention), seed=0)
+    layer, x = model.parts[2], torch.randn(2, 5, SHAPE.width, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    first, second = (layer._mix(x, ())[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    kept = (first != 0).float().mean()
+    assert 0.6 < kept < 0.8
+    assert torch.equal(layer.eval()._mix(x, ())[0], layer.attention(x, ())[0])
+
+
 def test_dropout_acts_in_training_alone():
     model = model_of(SHAPE.model_copy(update={"dropout": 0.3}))
     plain = model_of()

@@ -123,18 +123,21 @@ class Documents(NamedTuple):
     last: torch.Tensor
 
 
-# Every layer asks for the same batch, and the answer waits for the GPU.
+# Every layer asks for the same batch, and the answer waits for the GPU. Kept with the version of what was asked: a
+# tensor may be filled anew in its place.
 _documents: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def documents_of(segment: torch.Tensor) -> Documents:
     """The documents of ``segment`` int32 [B, T]; a row's first token begins one."""
-    found = _documents.get(segment)
-    if found is None:
+    version = 0 if segment.is_inference() else segment._version  # which tensors of inference mode have not
+    seen, found = _documents.get(segment, (None, None))
+    if seen != version:
         begins = torch.ones_like(segment, dtype=torch.bool)
         begins[:, 1:] = segment[:, 1:] != segment[:, :-1]
         starts = begins.flatten().nonzero().squeeze(1)
         numbers = begins.flatten().cumsum(0).view_as(segment) - 1
         offsets = torch.cat([starts, starts.new_full((1,), segment.numel())])
-        found = _documents[segment] = Documents(offsets, numbers[:, 0].contiguous(), numbers[:, -1].contiguous())
+        found = Documents(offsets, numbers[:, 0].contiguous(), numbers[:, -1].contiguous())
+        _documents[segment] = version, found
     return found

@@ -15,8 +15,8 @@ from megaresid.errors import UserError
 FORWARD, GRADIENT = 0.01, 0.02
 """The most error that is let pass, in units of the root mean square: about what fla's own tests allow in 16 bits."""
 
-LENGTH = 65
-"""Two chunks, and the second is not full."""
+BATCH, LENGTH, DOCUMENT = 2, 65, 27
+"""Rows of two chunks, of which the second is not full, and of three documents."""
 
 PLAIN = {"form": "plain PyTorch"}
 
@@ -34,25 +34,31 @@ def check_kernels(kinds: Iterable[Kind], device: torch.device, dtype: torch.dtyp
     routes_of(kinds, device, dtype)
 
 
-def self_check(kinds: Iterable[Kind], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def self_check(
+    kinds: Iterable[Kind], device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> dict[str, Any]:
     """Run the kernel of every recurrence on a few tokens against the plain form: what each was, and its errors, for
-    ``environment.json``. Raises UserError for one that fails or is wrong. Elsewhere than on a GPU it runs nothing."""
+    ``environment.json``; with ``documents`` on tokens of several, which kernels treat otherwise. Raises UserError for
+    one that fails or is wrong. Elsewhere than on a GPU it runs nothing."""
     if device.type != "cuda":
         return PLAIN
     checked = []
     for kind, taken in routes_of(kinds, device, dtype).items():
         entry = {"recurrence": kind._asdict(), "form": str(taken)}
         if taken.kernel is not None:
-            entry |= checked_errors(taken.kernel, kind, device, dtype)
+            entry |= checked_errors(taken.kernel, kind, device, dtype, documents)
         checked.append(entry)
     return {"dtype": str(dtype).removeprefix("torch."), "recurrences": checked}
 
 
-def checked_errors(kernel: Kernel, kind: Kind, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def checked_errors(
+    kernel: Kernel, kind: Kind, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> dict[str, float]:
     """The largest error of the results and of the gradients. Raises UserError where one is too large."""
     where = f"{kernel.name} with heads of {kind.keys} and {kind.values} in {dtype}"
+    segment = (torch.arange(BATCH * LENGTH, device=device) // DOCUMENT).view(BATCH, LENGTH) if documents else None
     try:
-        found = errors(kernel, kind, device, dtype)
+        found = errors(kernel, kind, device, dtype, segment=segment)
     except Exception as error:  # of Triton's compiler and the driver, which have no common class
         what = str(error).partition("\n")[0]
         raise UserError(f"{where} fails on this GPU ({type(error).__name__}: {what}): {MEND}") from error
@@ -78,7 +84,7 @@ def errors(
     dtype: torch.dtype,
     *,
     reference: torch.dtype = torch.float64,
-    batch: int = 2,
+    batch: int = BATCH,
     length: int = LENGTH,
     heads: int = 2,
     segment: torch.Tensor | None = None,
