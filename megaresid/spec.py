@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megaresid import users_code
 from megaresid.errors import UserError, suggestion
 
 Value = "int | float | bool | str | None | Component"
@@ -324,6 +325,8 @@ class Registry:
             raise UserError(f"{self.kind} {path!r} is not a subclass of {self.base}: derive it from that class")
         if not (isinstance(cls.Options, type) and issubclass(cls.Options, Options)):
             raise UserError(f"{self.kind} {path!r}: its Options are not a subclass of {__name__}:Options: derive them")
+        if cls not in users_code.CLASSES:
+            users_code.CLASSES.append(cls)
         return cls
 
     def _given(self, cls: type, component: Component) -> dict[str, Value]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from megaresid.accelerator import choose_accelerator
 from megaresid.errors import UserError, exits_with_user_errors, suggestion
 from megaresid.model.presets import PRESETS
+from megaresid.users_code import mistakes_told
 
 if TYPE_CHECKING:
     from megaresid.model.describe import Description, Option, ParameterRule
@@ -81,6 +82,11 @@ def variants(
     if model not in PRESETS:
         raise UserError(f"--model {model}: {suggestion(model, PRESETS)}")
     choose_accelerator()
+    with mistakes_told():
+        _show(name, model, as_json=json)
+
+
+def _show(name: str, model: str, as_json: bool) -> None:
     # After the options are parsed: --help must not wait for torch.
     from megaresid.model import describe, describe_mixers
 
@@ -92,7 +98,7 @@ def variants(
         found, mixers = [], [describe_mixers.describe_mixer(name, shape)]
     else:
         found, mixers = [describe.describe(name, shape)], []
-    if json:
+    if as_json:
         _print_json(found, mixers, model)
     elif is_mixer:
         rules = describe_mixers.mixer_rules(name, shape)

@@ -14,7 +14,7 @@ from megaresid.model.presets import ModelShape
 
 
 class Options(spec.Options):
-    kernel: int = Field(4, ge=1)
+    kernel: int = Field(4, ge=1, le=256)
     """Tokens that it sees, the present one included."""
     act: Literal["identity", "swish", "silu", "sigmoid", "relu", "elu"] = "identity"
     """What the sum goes through."""

@@ -19,9 +19,9 @@ QK_NORMS = {"l2": l2_norm, "sum": sum_norm}
 class Options(spec.Options):
     heads: int | None = Field(None, ge=1)
     """None: as many as the model's."""
-    expand_k: float = Field(1.0, gt=0)
+    expand_k: float = Field(1.0, gt=0, le=64)
     """Width of all keys together, by the model's."""
-    expand_v: float = Field(1.0, gt=0)
+    expand_v: float = Field(1.0, gt=0, le=64)
     """Width of all values together, by the model's."""
     use_beta: bool = True
     """Whether a token says how strongly it is written; else all are with 1."""
@@ -29,7 +29,7 @@ class Options(spec.Options):
     """Whether the output is gated by SiLU(W x)."""
     use_short_conv: bool = True
     """Whether q, k and v pass a short causal convolution."""
-    conv_size: int = Field(4, ge=1)
+    conv_size: int = Field(4, ge=1, le=256)
     """Tokens that the convolution sees."""
     conv_bias: bool = False
     """Whether the convolutions add a number for every channel."""

@@ -22,15 +22,15 @@ class GatedOptions(spec.Options):
 
     heads: int | None = Field(None, ge=1)
     """Of q and k. None: as many as the model's."""
-    head_dim: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1, le=65536)
     """Width of a head's keys. None: the model's width / heads."""
-    expand_v: float = Field(1.0, gt=0)
+    expand_v: float = Field(1.0, gt=0, le=64)
     """Width of a head's values, by head_dim."""
-    num_v_heads: int | None = Field(None, ge=1)
+    num_v_heads: int | None = Field(None, ge=1, le=65536)
     """Heads of v, a multiple of heads, of which several share a key. None: as many as heads."""
     use_short_conv: bool = True
     """Whether q, k and v pass a short causal convolution."""
-    conv_size: int = Field(4, ge=1)
+    conv_size: int = Field(4, ge=1, le=256)
     """Tokens that the convolution sees."""
     conv_bias: bool = False
     """Whether the convolutions add a number for every channel."""

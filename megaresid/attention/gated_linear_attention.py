@@ -47,7 +47,7 @@ class SimpleGatedLinearAttention(GatedMixer):
 class Options(GatedOptions):
     gate_logit_normalizer: float = Field(default=16, gt=0)
     """tau: the decay is sigmoid(logit)^(1/tau)."""
-    gate_low_rank_dim: int = Field(default=16, ge=1)
+    gate_low_rank_dim: int = Field(default=16, ge=1, le=65536)
     """Rank of the matrix that makes the decay's logits."""
     clamp_min: float | None = Field(default=None, lt=0)
     """The least logarithm of a decay; none: no limit."""

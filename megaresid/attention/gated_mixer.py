@@ -26,15 +26,15 @@ from megaresid.model.presets import ModelShape
 class GatedOptions(spec.Options):
     heads: int | None = Field(default=None, ge=1)
     """Heads; none: those of the model's shape."""
-    expand_k: float = Field(default=0.5, gt=0)
+    expand_k: float = Field(default=0.5, gt=0, le=64)
     """Width of the keys of all heads, in widths of the model."""
-    expand_v: float = Field(default=1.0, gt=0)
+    expand_v: float = Field(default=1.0, gt=0, le=64)
     """Width of the values of all heads, in widths of the model."""
     feature_map: ActivationName = "identity"
     """A function of queries and keys."""
     use_short_conv: bool = False
     """Whether queries, keys and values each pass a short causal convolution and swish."""
-    conv_size: int = Field(default=4, ge=1)
+    conv_size: int = Field(default=4, ge=1, le=256)
     """Tokens that the short convolution sees."""
     use_output_gate: bool = True
     """Whether outputs are multiplied by gate_fn(W_g x)."""

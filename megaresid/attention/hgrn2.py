@@ -28,13 +28,13 @@ from megaresid.model.presets import ModelShape
 class Options(spec.Options):
     heads: int | None = Field(default=None, ge=1)
     """Heads; none: those of the model's shape."""
-    expand_ratio: int | None = Field(default=None, ge=1)
+    expand_ratio: int | None = Field(default=None, ge=1, le=65536)
     """Width of a head, instead of the number of heads: the numbers in the state for each of its values."""
     lower_bound: Literal["linear"] | None = "linear"
     """What f is at least in layer l of L: l / L; none: 0."""
     use_short_conv: bool = False
     """Whether queries, gates and values each pass a short causal convolution, without activation."""
-    conv_size: int = Field(default=4, ge=1)
+    conv_size: int = Field(default=4, ge=1, le=256)
     """Tokens that the short convolution sees."""
 
 

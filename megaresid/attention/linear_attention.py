@@ -24,9 +24,9 @@ EPSILON = 1e-6  # of the normaliser, as in the code of the paper's authors; q an
 class Options(spec.Options):
     heads: int | None = Field(default=None, ge=1)
     """Heads; none: those of the model's shape."""
-    expand_k: float = Field(default=1.0, gt=0)
+    expand_k: float = Field(default=1.0, gt=0, le=64)
     """Width of the keys of all heads, in widths of the model."""
-    expand_v: float = Field(default=1.0, gt=0)
+    expand_v: float = Field(default=1.0, gt=0, le=64)
     """Width of the values of all heads, in widths of the model."""
     feature_map: Literal["elu_plus_one", "relu", "silu", "identity"] = "elu_plus_one"
     """The function phi of queries and keys."""

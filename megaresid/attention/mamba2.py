@@ -19,11 +19,11 @@ from megaresid.model.presets import ModelShape
 class Options(spec.Options):
     heads: int | None = Field(default=None, ge=1)
     """Heads; none: those of the model's shape."""
-    expand: float = Field(default=1.25, gt=0)
+    expand: float = Field(default=1.25, gt=0, le=64)
     """Width of the values of all heads, in widths of the model."""
-    state_size: int = Field(default=128, ge=1)
+    state_size: int = Field(default=128, ge=1, le=65536)
     """N: the numbers in the state for each value, the width of B and C."""
-    conv_kernel: int = Field(default=4, ge=1)
+    conv_kernel: int = Field(default=4, ge=1, le=256)
     """Tokens that the short convolution sees."""
 
 

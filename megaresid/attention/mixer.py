@@ -62,7 +62,7 @@ class Mixer(nn.Module):
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
         """``side`` is what mixers share over depth; a mixer returns it as it is or with its own entries added. With a
         ``cache``, x goes on where the last call with it ended."""
-        raise NotImplementedError
+        raise UserError(f"attention {MIXERS.name_of(type(self))!r} has no forward(x, side, cache=None): give it one")
 
     @classmethod
     def needs_of(cls, options: Options) -> str:

@@ -1,15 +1,20 @@
 """A plan's promises held against its modules before anything is trained: what a user's own class may have got wrong."""
 
+from collections.abc import Iterator
+
 import torch
 from torch._subclasses import FakeTensorMode
 
-from megaresid.attention.mixer import SEGMENT
+from megaresid.attention.mixer import SEGMENT, Chosen, Mixer, Side
 from megaresid.errors import UserError
 from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules
 from megaresid.model.init import Rule
 from megaresid.model.plan import ModelPlan, component_name
+from megaresid.spec import Options
+from megaresid.users_code import CLASSES
 
 TOKENS = 2  # of the sequence that is run through the layers
+LENGTH, CHANGED = 8, 5  # of a text, and its first token that is changed to see what else changes
 
 
 def complete_rules(model: GPT) -> dict[str, Rule]:
@@ -36,18 +41,59 @@ def check_states(plan: ModelPlan) -> None:
         _check_states(plan)
 
 
-def _check_mixers(plan: ModelPlan) -> None:
+@torch.no_grad()
+def check_causality(plan: ModelPlan) -> None:
+    """Run the user's own mixers on a short text twice, the second time with other tokens at its end. Raises UserError
+    where that changes an output before them: such a model sees what it is to predict, and its loss means nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in _layers_that_differ(plan):
+            cls, options = plan.mixer_class(layer)
+            if not _is_users(cls, options) or cls.needs_of(options):
+                continue
+            mixer = plan.mixer_of(layer).eval()
+            for parameter in mixer.parameters():
+                parameter.normal_(std=plan.shape.width**-0.5)
+            x, side = torch.randn(1, LENGTH, plan.shape.width), _side(plan, layer, LENGTH)
+            before = mixer(x, side)[0][:, :CHANGED]
+            x[:, CHANGED:] = torch.randn(1, LENGTH - CHANGED, plan.shape.width)
+            after = mixer(x, side)[0][:, :CHANGED]
+            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
+                raise UserError(
+                    f"layer {layer}: attention {component_name(cls)!r} is not causal: other tokens from {CHANGED} on "
+                    "change its outputs before them: let an output depend on tokens up to its own alone"
+                )
+
+
+def _is_users(cls: type[Mixer], options: Options) -> bool:
+    inside = (value for _, value in options if isinstance(value, Chosen))
+    return cls in CLASSES or any(_is_users(chosen.cls, chosen.options) for chosen in inside)
+
+
+def _layers_that_differ(plan: ModelPlan) -> Iterator[int]:
     """Of the layers that have the same mixer and the same side channel, the first one."""
-    shape, seen = plan.shape, []
-    for layer in range(shape.layers):
+    seen = []
+    for layer in range(plan.shape.layers):
+        found = (*plan.mixer_class(layer), plan.side_spec(layer))
+        if found not in seen:
+            seen.append(found)
+            yield layer
+
+
+def _side(plan: ModelPlan, layer: int, length: int) -> Side:
+    """A side channel as the layer is given it, of zeros."""
+    return tuple(
+        torch.zeros(1, length, *size, dtype=torch.int32 if name == SEGMENT else torch.float32)
+        for name, size in plan.side_spec(layer)
+    )
+
+
+def _check_mixers(plan: ModelPlan) -> None:
+    shape = plan.shape
+    for layer in _layers_that_differ(plan):
         cls, options = plan.mixer_class(layer)
         entering = plan.side_spec(layer)
-        if (cls, options, entering) in seen:
-            continue
-        seen.append((cls, options, entering))
-        dtypes = (torch.int32 if name == SEGMENT else torch.float32 for name, _ in entering)
-        side = tuple(torch.zeros(1, TOKENS, *size, dtype=dtype) for (_, size), dtype in zip(entering, dtypes))
-        given = plan.mixer_of(layer)(torch.zeros(1, TOKENS, shape.width), side)
+        given = plan.mixer_of(layer)(torch.zeros(1, TOKENS, shape.width), _side(plan, layer, TOKENS))
         told = f"layer {layer}: attention {component_name(cls)!r}"
         if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], tuple)):
             raise UserError(f"{told} does not return the pair (y, side), where side is a tuple: let its forward")

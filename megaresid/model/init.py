@@ -21,8 +21,9 @@ weight of the norm of a head's output  1                              no
 ``dt_bias``, in the decay's softplus   softplus in [0.001, 0.1]       no
 =====================================  =============================  ======
 
-A convolution starts as PyTorch's does, as in those layers and in the code of Mamba-2's authors. flash-linear-attention's
-models draw it from N(0, 0.02) once more: what passes it is then so small that the norm of a head's output is all epsilon.
+A convolution starts as PyTorch's does, as in those layers and in the code of Mamba-2's authors. The models of
+flash-linear-attention draw it from N(0, 0.02) once more: what passes it is then so small that the norm of a head's
+output is all epsilon.
 
 Output projections are those that write to the residual stream. What a residual variant or a mixer adds of its own
 is declared in its file by ``parameter_rules``, which goes before this table for the module and all below it; a variant

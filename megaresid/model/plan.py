@@ -16,11 +16,11 @@ from megaresid.spec import Component, Options, fingerprint, parse_pattern
 class ModelPlan:
     """Which residual variant and which mixer every layer has.
 
-    ``residual`` and ``attention`` are patterns over the depth. ``positions`` are learned position embeddings; "auto" has
-    them where a mixer needs them. With ``documents`` no token sees another document's. Raises UserError for a shape that
-    cannot be built, an unknown component or option, residual variants that cannot follow each other, that share a module
-    of one name, or whose opening or end would be lost, a residual variant with several inputs for a mixer that takes
-    one, and a mixer that does not fit the shape or cannot keep documents apart.
+    ``residual`` and ``attention`` are patterns over the depth. ``positions`` are learned position embeddings; "auto"
+    has them where a mixer needs them. With ``documents`` no token sees another document's. Raises UserError for a shape
+    that cannot be built, an unknown component or option, residual variants that cannot follow each other, that share a
+    module of one name, or whose opening or end would be lost, a residual variant with several inputs for a mixer that
+    takes one, and a mixer that does not fit the shape or cannot keep documents apart.
     """
 
     def __init__(
@@ -197,8 +197,8 @@ class ModelPlan:
 
     @property
     def hash(self) -> str:
-        """sha256 of the tree: the same however patterns, presets and defaults are written. An option that is left to the
-        shape is not the same as its value written out."""
+        """sha256 of the tree: the same however patterns, presets and defaults are written. An option that is left to
+        the shape is not the same as its value written out."""
         return fingerprint(self.tree())
 
 

@@ -14,7 +14,8 @@ from megaresid.data.sampler import check_capacity
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.validation import count_windows
-from megaresid.model.check import check_states, complete_rules
+from megaresid.model.check import check_causality, check_states, complete_rules
+from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, canonical_name, canonical_parameters
 from megaresid.model.plan import ModelPlan
 from megaresid.training.checkpoint import check_shapes, find_checkpoint
@@ -22,6 +23,7 @@ from megaresid.training.checkpoint_format import SavedState
 from megaresid.training.ds_config import Batch, DeepSpeedConfig, plan_batch, resolve
 from megaresid.training.rules import overridden
 from megaresid.training.run_dir import check_usable
+from megaresid.users_code import mistakes_told
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ def prepare(config: RunConfig) -> Prepared:
     run = config.run
     batch = plan_batch(config, ranks)
     ds_config = resolve(run.deepspeed_config, config, batch)
-    plan = config.plan()
-    check_kernels(plan.kinds(), torch.device(get_accelerator().device_name()), ds_config.product_dtype)
-    with torch.device("meta"):
-        model = GPT(plan)
-    check_states(plan)
-    _check_rules(model, config, ds_config)
+    with mistakes_told():
+        plan = config.plan()
+        check_kernels(plan.kinds(), torch.device(get_accelerator().device_name()), ds_config.product_dtype)
+        check_states(plan)
+        check_causality(plan)
+        with torch.device("meta"):
+            model = GPT(plan)
+        _check_rules(model, config, ds_config)
+        forward_flops_per_token(plan)
     manifest = load_manifest(run.data)
     check_vocabulary(manifest, plan.shape.vocab_size)
     training = TokenStream.open(run.data, manifest, "train")

@@ -9,12 +9,13 @@ from small_models import Case
 
 from megaresid import variants
 from megaresid.errors import UserError
-from megaresid.model.check import check_states, complete_rules
+from megaresid.model.check import check_causality, check_states, complete_rules
 from megaresid.model.describe_mixers import describe_mixer
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
+from megaresid.users_code import mistakes_told
 
 SHAPE = ModelShape(layers=3, heads=2, width=16, context=8, vocab_size=40)
 
@@ -26,12 +27,14 @@ def on_the_path(monkeypatch):
 
 def checked(attention: str) -> None:
     """What training does with a plan before it allocates anything."""
-    plan = ModelPlan(SHAPE, attention)
-    with torch.device("meta"):
-        model = GPT(plan)
-    check_states(plan)
-    complete_rules(model)
-    forward_flops_per_token(plan)
+    with mistakes_told():
+        plan = ModelPlan(SHAPE, attention)
+        check_states(plan)
+        check_causality(plan)
+        with torch.device("meta"):
+            model = GPT(plan)
+        complete_rules(model)
+        forward_flops_per_token(plan)
 
 
 def test_it_is_used_and_written_like_one_of_ours():
@@ -81,6 +84,10 @@ def test_it_is_described(capsys):
         ("Alone", "'users_mixers:Alone' does not return the pair (y, side), where side is a tuple: let its forward"),
         ("Undeclared", "gives a side channel of shapes ([16]) after [B, T], and its side_spec promises ()"),
         ("Promised", "gives a side channel of shapes () after [B, T], and its side_spec promises (extra[3])"),
+        ("Ahead", "layer 0: attention 'users_mixers:Ahead' is not causal: other tokens from 5 on change its outputs"),
+        ("Wrong", "users_mixers.py, line "),
+        ("OfAnotherInterface", "users_mixers.py, class OfAnotherInterface: TypeError: OfAnotherInterface.__init__() takes"),
+        ("Idle", "attention 'users_mixers:Idle' has no forward(x, side, cache=None): give it one"),
         ("Costless", "'users_mixers:Costless' does not say what it costs: give it a classmethod flops_per_token"),
     ],
 )
@@ -93,3 +100,21 @@ def test_mistakes_are_told_in_one_line(name, message):
 def test_a_mistake_in_a_later_layer_is_found():
     with pytest.raises(UserError, match="layer 2: attention 'users_mixers:Narrow'"):
         checked("softmax | users_mixers:Free | users_mixers:Narrow")
+
+
+def test_a_fault_of_the_projects_own_stays_whole():
+    with pytest.raises(ZeroDivisionError), mistakes_told():
+        raise ZeroDivisionError
+
+
+def test_a_future_token_inside_a_composition_is_seen_too():
+    with pytest.raises(UserError, match="is not causal"):
+        checked("blend(users_mixers:Ahead, causal_conv)")
+
+
+def test_the_check_draws_no_random_number_of_the_runs():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    checked("users_mixers:Mean")
+    assert torch.equal(torch.rand(2), expected)

@@ -92,3 +92,24 @@ class Promised(Free):
     @classmethod
     def side_spec(cls, shape, options, entering):
         return (*entering, ("extra", (3,)))
+
+
+class Ahead(Free):
+    def forward(self, x, side, cache=None):
+        return x.flip(1), side
+
+
+class Wrong(Free):
+    def forward(self, x, side, cache=None):
+        return x @ x, side
+
+
+class OfAnotherInterface(Free):
+    def __init__(self, shape, options, layer):
+        super().__init__(shape, options, layer)
+
+
+class Idle(Mixer):
+    @classmethod
+    def flops_per_token(cls, shape, options):
+        return 0
