@@ -1,5 +1,6 @@
-"""What the benchmarks of variants go through: residual patterns, and mixers that stand for one (value residual)."""
+"""What the benchmarks go through: residual variants with softmax attention, and mixers with vanilla residuals."""
 
+from megaresid.attention.mixer import MIXERS
 from megaresid.errors import UserError
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
@@ -19,10 +20,9 @@ WITH_OPTIONS = (
     "pro_res(warmup=20)",
     "rezero(norm=false)",
     "token_gate(form=sigmoid)",
-    "attention=value_residual",
     "attention=value_residual(learned=true)",
 )
-"""Beside every residual variant with its defaults: options that change what is computed, and value residual."""
+"""Beside every variant and mixer with its defaults: options that change what is computed."""
 
 
 def specs_of(entry: str) -> dict[str, str]:
@@ -38,11 +38,22 @@ def plan_of(entry: str, shape: ModelShape) -> ModelPlan:
     return ModelPlan(shape, **specs_of(entry))
 
 
+def mixers() -> list[str]:
+    """Those that stand for one without more being said, and need nothing but a CPU; softmax is the first."""
+    complete = [
+        name
+        for name, cls in MIXERS.classes().items()
+        if not cls.needs and not any(field.is_required() for field in cls.Options.model_fields.values())
+    ]
+    return sorted([*complete, *MIXERS.presets()], key=lambda name: name != "softmax")
+
+
 def entries(variants: str | None, shape: ModelShape) -> list[str]:
     """The entries of ``--variants``, separated by semicolons; by default all that there are. Each can be built with
     the shape and is another model than the others (raises UserError)."""
     if variants is None:
-        chosen = [*RESIDUALS.classes(), *WITH_OPTIONS]
+        _, *others = mixers()  # softmax's is vanilla's model
+        chosen = [*RESIDUALS.classes(), *WITH_OPTIONS, *(ATTENTION + name for name in others)]
     else:
         chosen = [entry.strip() for entry in variants.split(";") if entry.strip()]
     if not chosen:

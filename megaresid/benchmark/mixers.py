@@ -82,22 +82,12 @@ class Request:
     def specs(self) -> list[str]:
         """Of the whole mixers; softmax is the first if there are any."""
         if self.mixers is None:
-            specs = _all_mixers()
+            from megaresid.benchmark.entries import mixers  # it needs torch
+
+            specs = mixers()
         else:
             specs = [spec.strip() for spec in self.mixers.split(";") if spec.strip()]
         return list(dict.fromkeys([REFERENCE, *specs])) if specs else []
-
-
-def _all_mixers() -> list[str]:
-    """The names that stand for a mixer without more being said, and need nothing but a CPU."""
-    from megaresid.attention.mixer import MIXERS
-
-    complete = [
-        name
-        for name, cls in MIXERS.classes().items()
-        if not cls.needs and not any(field.is_required() for field in cls.Options.model_fields.values())
-    ]
-    return [*complete, *MIXERS.presets()]
 
 
 def core(name: str, length: int, request: Request) -> "Callable[[], torch.Tensor]":
