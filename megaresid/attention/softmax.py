@@ -49,7 +49,6 @@ class Softmax(Mixer):
 
     citation = "Vaswani et al. 2017, arXiv 1706.03762"
     fidelity = "exact"
-    fidelity = "exact"
     ways = True
     reads = (SEGMENT,)
     decodes = True
