@@ -85,11 +85,11 @@ def delta_rule(q, k, v, alpha, beta, segment):
     return torch.stack([outputs[at] for at in places]).view(*q.shape[:3], v.shape[-1])
 
 
-def normed(o, weight):
-    return o / torch.sqrt((o * o).mean(-1, keepdim=True) + 1e-5) * weight
+def normed(o, weight, epsilon):
+    return o / torch.sqrt((o * o).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None):
+def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None, epsilon=1e-5):
     """arXiv 2406.06484; the delta rule, ELU + 1 and the sum norm are those of arXiv 2102.11174, section 4.2."""
 
     def define(p, x, segment, shape):
@@ -99,7 +99,8 @@ def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None):
         k = NORMS[norm](heads_of(projected(p, "k", x_k, MAPS[activation], segment), count))
         v = heads_of(projected(p, "v", x_v, silu, segment), count)
         beta = sigmoid(x_k @ p["b_proj.weight"].T) if "b_proj.weight" in p else torch.ones_like(q[..., 0])
-        o = normed(delta_rule(q, k, v, torch.ones_like(k), beta_factor * beta, segment), p["o_norm.weight"])
+        o = delta_rule(q, k, v, torch.ones_like(k), beta_factor * beta, segment)
+        o = normed(o, p["o_norm.weight"], epsilon)
         if "g_proj.weight" in p:
             o = o * silu(heads_of(x_v @ p["g_proj.weight"].T, count))
         return o.flatten(-2) @ p["o_proj.weight"].T
@@ -107,7 +108,7 @@ def delta_net(activation="silu", norm="l2", beta_factor=1, heads=None):
     return define
 
 
-def gated_delta_net(key_heads=None, gate=silu, beta_factor=1):
+def gated_delta_net(key_heads=None, gate=silu, beta_factor=1, epsilon=1e-5):
     """arXiv 2412.06464, equation 10, with Mamba-2's decay (arXiv 2405.21060): one number a head.
 
     Value head i has the query and the key of head i // (value heads / key heads).
@@ -123,7 +124,7 @@ def gated_delta_net(key_heads=None, gate=silu, beta_factor=1):
         beta = beta_factor * sigmoid(x_k @ p["b_proj.weight"].T)
         step = softplus(x_k @ p["a_proj.weight"].T + p["dt_bias"])
         alpha = torch.exp(-torch.exp(p["A_log"]) * step)[..., None].expand_as(k)
-        o = normed(delta_rule(q, k, v, alpha, beta, segment), p["o_norm.weight"])
+        o = normed(delta_rule(q, k, v, alpha, beta, segment), p["o_norm.weight"], epsilon)
         if "g_proj.weight" in p:
             o = o * gate(heads_of(x_v @ p["g_proj.weight"].T, values))
         return o.flatten(-2) @ p["o_proj.weight"].T
@@ -131,7 +132,7 @@ def gated_delta_net(key_heads=None, gate=silu, beta_factor=1):
     return define
 
 
-def kda(key_heads=None, beta_factor=1, lower_bound=None):
+def kda(key_heads=None, beta_factor=1, lower_bound=None, epsilon=1e-5):
     """arXiv 2510.26692, equation 1 and section 4: the gated delta rule with a decay for every channel of the keys."""
 
     def define(p, x, segment, shape):
@@ -145,7 +146,7 @@ def kda(key_heads=None, beta_factor=1, lower_bound=None):
         logits = heads_of(x_k @ p["f_proj.0.weight"].T @ p["f_proj.1.weight"].T + p["dt_bias"], values)
         rate = torch.exp(p["A_log"])[:, None]
         log_alpha = -rate * softplus(logits) if lower_bound is None else lower_bound * sigmoid(rate * logits)
-        o = normed(delta_rule(q, k, v, torch.exp(log_alpha), beta, segment), p["o_norm.weight"])
+        o = normed(delta_rule(q, k, v, torch.exp(log_alpha), beta, segment), p["o_norm.weight"], epsilon)
         gate = x_v @ p["g_proj.0.weight"].T @ p["g_proj.1.weight"].T + p["g_proj.1.bias"]
         return (o * sigmoid(heads_of(gate, values))).flatten(-2) @ p["o_proj.weight"].T
 
@@ -160,23 +161,29 @@ ROWS = [
         delta_net(beta_factor=2),
     ),
     Row("delta_net(qk_activation=elu, qk_norm=sum)", delta_net("elu", "sum")),
-    Row("delta_net(qk_activation=identity, qk_norm=sum, use_short_conv=false)", delta_net("identity", "sum")),
-    Row("delta_net(qk_activation=relu, heads=1, conv_bias=true)", delta_net("relu", heads=1)),
+    Row(
+        "delta_net(qk_activation=identity, qk_norm=sum, use_short_conv=false, use_beta=false, allow_neg_eigval=true)",
+        delta_net("identity", "sum", beta_factor=2),
+    ),
+    Row(
+        "delta_net(qk_activation=relu, heads=1, conv_bias=true, norm_eps=0.1)",
+        delta_net("relu", heads=1, epsilon=0.1),
+    ),
     Row("gated_delta_net", gated_delta_net(), head_of_family=True),
     Row(
         "gated_delta_net(heads=2, head_dim=6, num_v_heads=4, use_gate=false, allow_neg_eigval=true)",
         gated_delta_net(key_heads=2, beta_factor=2),
     ),
     Row(
-        "gated_delta_net(use_short_conv=false, expand_v=1.5, output_gate_activation=sigmoid)",
-        gated_delta_net(gate=sigmoid),
+        "gated_delta_net(use_short_conv=false, expand_v=1.5, output_gate_activation=sigmoid, norm_eps=0.1)",
+        gated_delta_net(gate=sigmoid, epsilon=0.1),
     ),
     Row("kda", kda(), head_of_family=True),
     Row(
         "kda(heads=2, head_dim=6, num_v_heads=4, expand_v=0.5, use_short_conv=false, allow_neg_eigval=true)",
         kda(key_heads=2, beta_factor=2),
     ),
-    Row("kda(lower_bound=-5)", kda(lower_bound=-5)),
+    Row("kda(lower_bound=-5, norm_eps=0.1)", kda(lower_bound=-5, epsilon=0.1)),
 ]
 
 FLA = {
