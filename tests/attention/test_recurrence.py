@@ -4,6 +4,7 @@ import pytest
 import torch
 from recurrence_cases import DECAYS, KINDS, assert_equal_results, definition, inputs, results, worst_error
 
+from megaresid.attention import decayed_scores
 from megaresid.attention.recurrence import Kind, by_steps, recurrence, recurrence_flops
 from megaresid.model.measure import count_flops
 
@@ -39,6 +40,15 @@ def test_the_steps_equal_the_definition(decay, delta):
     x, segment = inputs(decay, delta, 9, batch=3), documents(9)
     found, expected = (results(form, x, segment=segment, scale=0.7) for form in (by_steps, definition))
     assert_equal_results(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("decay, delta", KINDS[2:])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_piece_by_piece_it_equals_the_definition(monkeypatch, decay, delta, chunks):
+    """Six chunks, of which a CPU's cache is to hold so many; the last piece is smaller. In models there are many."""
+    x, channels = inputs(decay, delta, 130), 5 if decay == "channel" else 1
+    monkeypatch.setattr(decayed_scores, "CPU_PIECE", chunks * 64 * channels)
+    assert_equal_results(results(recurrence, x), results(definition, x), 1e-12)
 
 
 @kinds

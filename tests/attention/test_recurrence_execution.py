@@ -6,8 +6,9 @@ from recurrence_cases import KINDS, inputs, results
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from megaresid.attention.chunks import by_chunks
 from megaresid.attention.decayed_scores import _scores
-from megaresid.attention.recurrence import recurrence
+from megaresid.attention.recurrence import by_steps, recurrence
 from megaresid.model.measure import count_flops, saved_bytes
 
 kinds = pytest.mark.parametrize("decay, delta", KINDS)
@@ -72,8 +73,9 @@ def test_any_cut_gives_the_same(decay, delta, cuts):
 
 
 @kinds
-def test_autocast_changes_nothing(decay, delta):
-    x = inputs(decay, delta, 70, dtype=torch.float32)
+@pytest.mark.parametrize("length", [1, 70])
+def test_autocast_changes_nothing(decay, delta, length):
+    x = inputs(decay, delta, length, dtype=torch.float32)
     expected = results(recurrence, x)
     with torch.autocast("cpu", torch.bfloat16):
         o, final = recurrence(**x)
@@ -88,6 +90,21 @@ def test_half_the_bits_come_in_and_go_out_but_do_not_compute(decay, delta, lengt
     o, final = call(x | rounded)
     wide, wide_final = call(x | {name: tensor.float() for name, tensor in rounded.items()})
     assert o.dtype == torch.bfloat16 and torch.equal(o, wide.bfloat16())
+    assert final.dtype == torch.float32 and torch.equal(final, wide_final)
+
+
+@kinds
+@pytest.mark.parametrize("form", [by_steps, by_chunks])
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [2, 70])
+def test_outputs_are_in_the_type_of_the_values_and_the_state_is_wide(decay, delta, form, values, length):
+    """q is in the other type; all else, the state too, is rounded to bf16 before, and nothing after but the output."""
+    x = {name: t if t is None else t.detach().bfloat16() for name, t in inputs(decay, delta, length).items()}
+    wide = {name: t if t is None else t.float() for name, t in x.items()}
+    other = torch.float32 if values is torch.bfloat16 else torch.bfloat16
+    o, final = form(**x | {"q": x["q"].to(other), "v": x["v"].to(values)})
+    expected, wide_final = form(**wide)
+    assert o.dtype == values and torch.equal(o, expected.to(values))
     assert final.dtype == torch.float32 and torch.equal(final, wide_final)
 
 
