@@ -97,6 +97,28 @@ def test_a_window_as_long_as_the_text_is_none():
     assert not torch.equal(mixers_of("softmax(window=10)")(x), whole)
 
 
+@pytest.mark.parametrize("window", [None, 7, 30], ids=["kernel", "blocks", "mask"])
+def test_in_training_and_only_there_weights_are_dropped(window):
+    """All scores are 0 and all values 1: an output is 1 / (1 - p) times the share of the tokens seen that is left."""
+    shape, length = SHAPE.model_copy(update={"dropout": 0.3}), 40
+    mixer = ModelPlan(shape, f"softmax(window={window or 'none'})").mixer_of(0).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.zero_()
+        mixer.v_proj.bias.fill_(1)
+        mixer.o_proj.weight.copy_(torch.eye(32))
+    x = torch.zeros(16, length, 32, dtype=torch.float64)
+    torch.manual_seed(0)
+    first, second = mixer(x, ())[0], mixer(x, ())[0]
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    seen = torch.arange(1, length + 1).clamp(max=window or length)[None, :, None]
+    left = first[..., :: 32 // 4] * 0.7 * seen  # a head's channels share its weights
+    assert (left - left.round()).abs().max() < 1e-9
+    count = 16 * 4 * seen.sum()
+    assert abs(left.sum() / count - 0.7) < 5 * (0.3 * 0.7 / count) ** 0.5
+    assert (mixer.eval()(x, ())[0] - 1).abs().max() < 1e-12
+
+
 def test_rotated_products_depend_on_the_distance_alone():
     q, k = drawn(1, 1, 3, 8, seed=0), drawn(1, 1, 3, 8, seed=1)  # one token, three heads
     at = [(rotate(q, torch.tensor([t]), 100.0) * rotate(k, torch.tensor([s]), 100.0)).sum(-1) for t, s in DISTANCES]
@@ -172,7 +194,7 @@ def test_a_bias_and_shared_keys_are_as_many_parameters_as_they_should_be():
         ("softmax(positions=alibi)", "attention 'softmax': positions=alibi is not valid"),
         ("softmax(windows=4)", "attention 'softmax' has no option 'windows': did you mean 'window'?"),
         ("value_residual(kv_heads=3)", "attention 'value_residual': kv_heads=3 does not divide heads 4: change one"),
-        ("value_residual + value_residual(kv_heads=1)", "attention 'value_residual': the first layer has 4 heads of val"),
+        ("value_residual + value_residual(kv_heads=1)", "attention 'value_residual': the first layer has 4 heads of"),
         (
             "value_residual(heads=2, kv_heads=1) + value_residual(kv_heads=2)",
             "attention 'value_residual': the first layer has 1 heads of values, 16 wide, and a later one 2, 8 wide: ",
