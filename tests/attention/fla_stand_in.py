@@ -28,11 +28,12 @@ def _operator(name: str):
         assert options == {"output_final_state": True, **gates[0].options}
         assert q.dtype == k.dtype == v.dtype and q.shape == k.shape and q.shape[:3] == v.shape[:3]
         assert q.shape[-1] % 2 == 0 and v.shape[-1] % 2 == 0 and min(q.shape[-1], v.shape[-1]) >= 16
-        assert initial_state is None or initial_state.dtype == torch.float32
         assert beta is None or beta.shape == q.shape[:3]
         shapes = {"none": None, "constant": q.shape[2:3], "head": q.shape[:3], "channel": q.shape}
         given = g_gamma if g is None else g
         assert (None if given is None else given.shape) in [shapes[kernel.decay] for kernel in gates]
+        assert all(x is None or x.dtype == torch.float32 for x in (given, beta, initial_state))
+        assert not torch.is_autocast_enabled(q.device.type)
         assert g_gamma is None or (g_gamma.dim() == 1 and not g_gamma.requires_grad)
         if cu_seqlens is None:
             return by_steps(q, k, v, given, beta, scale=scale, state=initial_state)

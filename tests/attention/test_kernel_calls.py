@@ -69,6 +69,27 @@ def test_the_result_is_in_the_type_of_the_values_and_the_state_in_fp32(monkeypat
     assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize(("kernel", "decay"), SERVED, ids=lambda x: getattr(x, "name", x))
+def test_decays_betas_and_states_are_wide_around_products_in_bf16(monkeypatch, kernel, decay):
+    """Under autocast, given in whatever type; the stand-in refuses others and autocast inside."""
+    seen = []
+    operator = fla_stand_in._operator(kernel.name)
+    fla_stand_in.install(monkeypatch, **{kernel.name: lambda **x: seen.append(x["q"].dtype) or operator(**x)})
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 9, 2, 16, generator=generator)
+    state = torch.randn(2, 2, 16, 16, generator=generator).bfloat16()
+    shape = {"none": None, "constant": (2,), "head": (2, 9, 2), "channel": (2, 9, 2, 16)}[decay]
+    g = None if shape is None else -torch.rand(shape, generator=generator).bfloat16()
+    beta = torch.rand(2, 9, 2, generator=generator).bfloat16() if kernel.delta else None
+    k = k / k.norm(dim=-1, keepdim=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(kernel, q, k, v, g, beta, state=state)
+    expected = by_steps(*(x.bfloat16() for x in (q, k, v)), g, beta, state=state)
+    assert seen == [torch.bfloat16] and [x.dtype for x in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[0], expected[0].float())
+    torch.testing.assert_close(found[1], expected[1])
+
+
 def test_documents_in_a_row_laid_end_to_end():
     """By hand: rows of 3 + 1 and 4 tokens. The same tensor is asked once, because the answer waits for a GPU."""
     segment = torch.tensor([[7, 7, 7, 8], [8, 8, 8, 8]], dtype=torch.int32)
@@ -131,7 +152,8 @@ NAN = float("nan")
     ids=str,
 )
 def test_what_is_not_a_number_or_too_far_off_is_refused(monkeypatch, bad):
-    monkeypatch.setattr(self_check, "errors", lambda *_, **__: {"output": 0.0, "state": 0.0, "dq": 0.0, "dk": 0.0} | bad)
+    found = {"output": 0.0, "state": 0.0, "dq": 0.0, "dk": 0.0} | bad
+    monkeypatch.setattr(self_check, "errors", lambda *_, **__: found)
     with pytest.raises(UserError, match="is wrong on this GPU"):
         checked_errors(KERNELS[0], Kind("none", False, 16, 16), CPU, torch.float32)
 
@@ -160,7 +182,8 @@ def test_the_self_check_is_recorded(monkeypatch):
     assert self_check.self_check(kinds, CPU, torch.bfloat16) == PLAIN
     monkeypatch.setattr(self_check, "route", lambda kind, *_: Route(KERNELS[0] if kind.decay == "none" else None, "x"))
     monkeypatch.setattr(self_check, "facts_of", lambda device: None)
-    monkeypatch.setattr(self_check, "errors", lambda *_, **__: {"output": 0.001, "state": 0.002, "dq": 0.003, "dk": 0.001})
+    found = {"output": 0.001, "state": 0.002, "dq": 0.003, "dk": 0.001}
+    monkeypatch.setattr(self_check, "errors", lambda *_, **__: found)
     assert self_check.self_check(kinds, GPU, torch.bfloat16) == {
         "dtype": "bfloat16",
         "recurrences": [
