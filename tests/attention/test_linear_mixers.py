@@ -115,7 +115,7 @@ def test_decays_stay_wide_under_autocast(spec, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = mixers(x)
     (*_, expected), (q, k, v, g) = seen
-    assert q.dtype == k.dtype == v.dtype and g.dtype == torch.float32
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and g.dtype == torch.float32
     assert (g - expected).abs().max() <= 0.02 * expected.abs().max()
     assert rounded.dtype == torch.bfloat16 and (rounded - y).abs().max() < 0.05 * y.abs().max()
 
