@@ -53,13 +53,14 @@ class ModelOptions(Section):
     model: str = "gpt2-medium"
     """tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     attention: str = "softmax"
-    """How layers mix tokens: a pattern over the depth."""
+    """How layers mix tokens: a pattern over the depth, such as "3*gated_delta_net + softmax"; all mixers are listed by
+    python -m megaresid.variants."""
     positions: Literal["auto", "learned", "none"] = "auto"
     """Learned position embeddings: auto has them where a mixer cannot tell the order of tokens without."""
     separate_documents: bool = False
     """Let no token see another document: attention, states and convolutions stop at <|endoftext|>."""
     residual: str = "vanilla"
-    """How layers add to the residual stream: a pattern over the depth."""
+    """How layers add to the residual stream: a pattern over the depth, of the variants listed there."""
     layers: int | None = None
     """Instead of the preset's."""
     heads: int | None = None

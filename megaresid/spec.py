@@ -347,6 +347,8 @@ class Registry:
         given = self._given(cls, component)
         try:
             return cls.Options(**given)
+        except UserError as error:  # of a component inside this one
+            raise UserError(f"{self.kind} {component.name!r}: {error}") from None
         except ValidationError as error:
             problem, fields = error.errors()[0], cls.Options.model_fields
             if not problem["loc"]:  # a check over several options
@@ -357,11 +359,10 @@ class Registry:
                 raise UserError(f"{self.kind} {component.name!r} has no option {option!r}: {hint}") from None
             field = fields[option]
             kind = type_name(field.annotation)
-            if field.is_required():
-                default = "no default"
-                found = f"{option}={write(given[option])} is not valid" if option in given else f"{option} is missing"
-            else:
-                default, found = f"default {write(field.default)}", f"{option}={write(problem['input'])} is not valid"
+            if option not in given:
+                raise UserError(f"{self.kind} {component.name!r}: {option} is missing (type {kind})") from None
+            default = "no default" if field.is_required() else f"default {write(field.default)}"
+            found = f"{option}={write(given[option])} is not valid"
             raise UserError(
                 f"{self.kind} {component.name!r}: {found} ({problem['msg']}; type {kind}, {default})"
             ) from None

@@ -22,7 +22,7 @@ def mistakes_told() -> Iterator[None]:
     except Exception as error:
         if (place := _place(error)) is None:
             raise
-        raise UserError(f"{place}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _place(error: Exception) -> str | None:

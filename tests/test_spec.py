@@ -241,7 +241,7 @@ def test_a_plan_of_a_preset_is_that_of_what_it_stands_for(name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("blend(softmax)", "attention 'blend': b is missing (Field required; type mixer, no default)"),
+        ("blend(softmax)", "attention 'blend': b is missing (type mixer)"),
         ("blend(3, softmax)", "attention 3: expected a mixer, such as gla or causal_conv(kernel=4)"),
         ("blend(softmax, none)", "attention none: expected a mixer, such as gla or causal_conv(kernel=4)"),
         ("blend(softmax, sofmax)", "unknown attention 'sofmax': did you mean 'softmax'?"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch._subclasses import FakeTensorMode
 
+from megaresid.attention.cache import Cache
 from megaresid.attention.mixer import SEGMENT, Chosen, Mixer, Side
 from megaresid.errors import UserError
 from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules
@@ -14,7 +15,7 @@ from megaresid.spec import Options
 from megaresid.users_code import CLASSES
 
 TOKENS = 2  # of the sequence that is run through the layers
-LENGTH, CHANGED = 8, 5  # of a text, and its first token that is changed to see what else changes
+LENGTH, CUT = 8, 5  # of a text, and where it is cut to see what the parts have to do with each other
 
 
 def complete_rules(model: GPT) -> dict[str, Rule]:
@@ -42,9 +43,10 @@ def check_states(plan: ModelPlan) -> None:
 
 
 @torch.no_grad()
-def check_causality(plan: ModelPlan) -> None:
-    """Run the user's own mixers on a short text twice, the second time with other tokens at its end. Raises UserError
-    where that changes an output before them: such a model sees what it is to predict, and its loss means nothing."""
+def check_users_mixers(plan: ModelPlan) -> None:
+    """Run the user's own mixers on a short text. Raises UserError for one whose outputs change with later tokens (such
+    a model sees what it is to predict, and its loss means nothing), with another document's where the plan keeps them
+    apart, or, if it says that it decodes, where the text is cut in two."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for layer in _layers_that_differ(plan):
@@ -54,15 +56,47 @@ def check_causality(plan: ModelPlan) -> None:
             mixer = plan.mixer_of(layer).eval()
             for parameter in mixer.parameters():
                 parameter.normal_(std=plan.shape.width**-0.5)
-            x, side = torch.randn(1, LENGTH, plan.shape.width), _side(plan, layer, LENGTH)
-            before = mixer(x, side)[0][:, :CHANGED]
-            x[:, CHANGED:] = torch.randn(1, LENGTH - CHANGED, plan.shape.width)
-            after = mixer(x, side)[0][:, :CHANGED]
-            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
-                raise UserError(
-                    f"layer {layer}: attention {component_name(cls)!r} is not causal: other tokens from {CHANGED} on "
-                    "change its outputs before them: let an output depend on tokens up to its own alone"
-                )
+            if fault := _fault(mixer, plan, layer):
+                raise UserError(f"layer {layer}: attention {component_name(cls)!r} {fault}")
+
+
+def _fault(mixer: Mixer, plan: ModelPlan, layer: int) -> str | None:
+    """What is wrong with what a mixer makes of a text, and its mend."""
+    cls, options = plan.mixer_class(layer)
+    x, other = torch.randn(2, 1, LENGTH, plan.shape.width)
+    side = _side(plan, layer, LENGTH)
+    early = torch.arange(LENGTH) < CUT
+    whole = mixer(x, side)[0]
+    if not _equal(whole[:, :CUT], mixer(torch.where(early[:, None], x, other), side)[0][:, :CUT]):
+        return (
+            f"is not causal: other tokens from {CUT} on change its outputs before them: let an output depend on tokens "
+            "up to its own alone"
+        )
+    if plan.documents:
+        side = tuple(
+            tensor + (~early).int() if name == SEGMENT else tensor
+            for tensor, (name, _) in zip(side, plan.side_spec(layer))
+        )
+        whole = mixer(x, side)[0]
+        if not _equal(whole[:, CUT:], mixer(torch.where(early[:, None], other, x), side)[0][:, CUT:]):
+            return (
+                "reads the documents and does not keep them apart: another document's tokens change its outputs; use "
+                "self.segment(side), and hand entering to super().__init__"
+            )
+    if cls.decodes_of(options):
+        cache = Cache(LENGTH)
+        pieces = zip(x.split(CUT, 1), zip(*(tensor.split(CUT, 1) for tensor in side)) if side else ((), ()))
+        if not _equal(whole, torch.cat([mixer(*given, cache)[0] for given in pieces], 1)):
+            return (
+                "says that it decodes, and makes something else of a text in two pieces: carry in the cache what the "
+                "second needs, or leave decodes False"
+            )
+    return None
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To rounding."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item(), equal_nan=True)
 
 
 def _is_users(cls: type[Mixer], options: Options) -> bool:
@@ -103,6 +137,8 @@ def _check_mixers(plan: ModelPlan) -> None:
                 f"{told} makes {list(y.shape)} of [1, {TOKENS}, {shape.width}]: let its forward return [B, T, C], as "
                 "it is given"
             )
+        if y.dtype != torch.float32:
+            raise UserError(f"{told} makes {y.dtype} of torch.float32: let its forward return x's dtype")
         promised = cls.side_spec(shape, options, entering)
         if [tuple(tensor.shape[2:]) for tensor in side] != [size for _, size in promised]:
             found = ", ".join(str(list(tensor.shape[2:])) for tensor in side)

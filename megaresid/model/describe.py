@@ -86,6 +86,8 @@ def describe(spec: str, shape: ModelShape) -> Description:
     only_component(spec)
     plan, vanilla = ModelPlan(shape, residual=spec), ModelPlan(shape)
     variant = plan.residual_of(0)
+    if ":" in spec:
+        check_users_classes(plan)
     cost = residual_cost(plan) if _declares_cost(variant) else None
     vanilla_flops = sum(forward_flops_per_token(vanilla).values())
     return Description(
@@ -111,6 +113,15 @@ def only_component(spec: str) -> Component:
     if len(pattern.components()) > 1 or pattern.terms[0][0] > 1:
         raise UserError(f"{spec!r} is a pattern over the depth: name one variant, such as {pattern.terms[0][1]}")
     return pattern.terms[0][1]
+
+
+def check_users_classes(plan: ModelPlan) -> None:
+    """A class of the user's own is described where it could be trained. Raises UserError."""
+    # DeepSpeed comes with it, for which the tables of ours need not wait.
+    from megaresid.model.check import check_states, check_users_mixers
+
+    check_states(plan)
+    check_users_mixers(plan)
 
 
 def describe_all(shape: ModelShape) -> list[Description]:

@@ -13,6 +13,7 @@ from megaresid.errors import UserError, suggestion
 from megaresid.model.describe import (
     Option,
     ParameterRule,
+    check_users_classes,
     only_component,
     options_of,
     rules_beside_vanilla,
@@ -21,7 +22,7 @@ from megaresid.model.describe import (
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
-from megaresid.residual.stream import RESIDUALS
+from megaresid.residual.stream import RESIDUALS, ResidualVariant
 from megaresid.spec import Component, Options
 
 
@@ -62,6 +63,8 @@ def describe_mixer(spec: str, shape: ModelShape) -> MixerDescription:
     cls, options = MIXERS.resolve(component)
     if cls.needs_of(options):
         return _unbuilt(cls, options)
+    if ":" in spec:
+        check_users_classes(ModelPlan(shape, spec))
     layers, softmax = _Layers(spec, shape), _Layers("softmax", shape)
     flops, vanilla_flops = layers.flops(), forward_flops_per_token(ModelPlan(shape))
     decodes = cls.decodes_of(options)
@@ -99,7 +102,10 @@ def names_a_mixer(spec: str) -> bool:
     """Whether ``spec`` names a mixer and not a residual variant. Raises UserError for a name that is neither's."""
     name = only_component(spec).name
     if ":" in name:
-        return isinstance(cls := MIXERS.users_own(name), type) and issubclass(cls, Mixer)
+        cls = MIXERS.users_own(name)
+        if not (isinstance(cls, type) and issubclass(cls, Mixer | ResidualVariant)):
+            raise UserError(f"{name!r} is not a subclass of {MIXERS.base} or of {RESIDUALS.base}: derive it from one")
+        return issubclass(cls, Mixer)
     mixers = MIXERS.classes().keys() | MIXERS.presets().keys()
     residuals = RESIDUALS.classes().keys()
     if name not in mixers | residuals:

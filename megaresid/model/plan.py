@@ -34,7 +34,10 @@ class ModelPlan:
         if shape.width % shape.heads:
             raise UserError(f"width {shape.width} is not divisible by heads {shape.heads}: change one of them")
         self.shape, self.positions, self.documents = shape, positions, documents
-        self._mixers = [MIXERS.resolve(c) for c in parse_pattern(attention).over(shape.layers)]
+        mixers = parse_pattern(attention)
+        for component in mixers.components():  # also those that the depth does not reach
+            MIXERS.resolve(component)
+        self._mixers = [MIXERS.resolve(component) for component in mixers.over(shape.layers)]
         for cls, options in self._mixers:
             cls.check(shape, options)
         self._residuals = self._resolve_residuals(residual)
@@ -47,7 +50,10 @@ class ModelPlan:
 
     def _resolve_residuals(self, text: str) -> list[ResidualVariant]:
         made: dict[Component, ResidualVariant] = {}
-        for component in (components := parse_pattern(text).over(self.shape.layers)):
+        pattern = parse_pattern(text)
+        for component in pattern.components():
+            RESIDUALS.resolve(component)
+        for component in (components := pattern.over(self.shape.layers)):
             if component not in made:
                 cls, options = RESIDUALS.resolve(component)
                 made[component] = cls(self.shape, options)

@@ -14,7 +14,7 @@ from megaresid.data.sampler import check_capacity
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.validation import count_windows
-from megaresid.model.check import check_causality, check_states, complete_rules
+from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, canonical_name, canonical_parameters
 from megaresid.model.plan import ModelPlan
@@ -62,7 +62,7 @@ def prepare(config: RunConfig) -> Prepared:
         plan = config.plan()
         check_kernels(plan.kinds(), torch.device(get_accelerator().device_name()), ds_config.product_dtype)
         check_states(plan)
-        check_causality(plan)
+        check_users_mixers(plan)
         with torch.device("meta"):
             model = GPT(plan)
         _check_rules(model, config, ds_config)

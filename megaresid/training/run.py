@@ -166,6 +166,8 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
         f"data      {len(prepared.training):,} training and {_length(prepared.validation):,} validation tokens, "
         f"identity {prepared.manifest.identity[:12]}"
     )
+    if prepared.config.execution.compile:
+        recorder.say("compile   at the first step, which may take minutes")
     start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
     recorder.say(f"start     {start}, {course.steps:,} steps in {prepared.config.run.run_dir}")
 

@@ -9,7 +9,7 @@ from small_models import Case
 
 from megaresid import variants
 from megaresid.errors import UserError
-from megaresid.model.check import check_causality, check_states, complete_rules
+from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.describe_mixers import describe_mixer
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, build
@@ -17,7 +17,7 @@ from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 from megaresid.users_code import mistakes_told
 
-SHAPE = ModelShape(layers=3, heads=2, width=16, context=8, vocab_size=40)
+SHAPE = ModelShape(layers=3, heads=2, width=16, context=8, vocab_size=40, end_of_text=39)
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +25,12 @@ def on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
-def checked(attention: str) -> None:
+def checked(attention: str, documents: bool = False) -> None:
     """What training does with a plan before it allocates anything."""
     with mistakes_told():
-        plan = ModelPlan(SHAPE, attention)
+        plan = ModelPlan(SHAPE, attention, documents=documents)
         check_states(plan)
-        check_causality(plan)
+        check_users_mixers(plan)
         with torch.device("meta"):
             model = GPT(plan)
         complete_rules(model)
@@ -85,8 +85,11 @@ def test_it_is_described(capsys):
         ("Undeclared", "gives a side channel of shapes ([16]) after [B, T], and its side_spec promises ()"),
         ("Promised", "gives a side channel of shapes () after [B, T], and its side_spec promises (extra[3])"),
         ("Ahead", "layer 0: attention 'users_mixers:Ahead' is not causal: other tokens from 5 on change its outputs"),
+        ("Double", "layer 0: attention 'users_mixers:Double' makes torch.float64 of torch.float32: let its forward"),
+        ("Forgetful", "'users_mixers:Forgetful' says that it decodes, and makes something else of a text"),
+        ("WithoutCache", "users_mixers.py, class WithoutCache: TypeError: WithoutCache.forward() takes 3 positional"),
         ("Wrong", "users_mixers.py, line "),
-        ("OfAnotherInterface", "users_mixers.py, class OfAnotherInterface: TypeError: OfAnotherInterface.__init__() takes"),
+        ("OfAnotherInterface", "users_mixers.py, class OfAnotherInterface: TypeError: OfAnotherInterface.__init__()"),
         ("Idle", "attention 'users_mixers:Idle' has no forward(x, side, cache=None): give it one"),
         ("Costless", "'users_mixers:Costless' does not say what it costs: give it a classmethod flops_per_token"),
     ],
@@ -118,3 +121,15 @@ def test_the_check_draws_no_random_number_of_the_runs():
     torch.manual_seed(3)
     checked("users_mixers:Mean")
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_mixer_that_claims_to_keep_documents_apart_must():
+    checked("users_mixers:Deaf")
+    with pytest.raises(UserError, match="'users_mixers:Deaf' reads the documents and does not keep them apart"):
+        checked("users_mixers:Deaf", documents=True)
+
+
+def test_of_an_own_mixer_around_ours_all_of_it_is_checked():
+    checked("blend(users_mixers:Mean, causal_conv)")
+    with pytest.raises(UserError, match="does not keep them apart"):
+        checked("blend(users_mixers:Deaf, causal_conv)", documents=True)

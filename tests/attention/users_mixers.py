@@ -94,6 +94,30 @@ class Promised(Free):
         return (*entering, ("extra", (3,)))
 
 
+class Double(Free):
+    def forward(self, x, side, cache=None):
+        return x.double(), side
+
+
+class Deaf(Mean):
+    """Says that it keeps documents apart."""
+
+    reads = ("segment",)
+
+
+class Forgetful(Mean):
+    """Says that it goes on from a cache."""
+
+    decodes = True
+
+
+class WithoutCache(Free):
+    decodes = True
+
+    def forward(self, x, side):
+        return x, side
+
+
 class Ahead(Free):
     def forward(self, x, side, cache=None):
         return x.flip(1), side

@@ -109,7 +109,7 @@ def test_what_is_built_in_keeps_its_promises():
     [
         ("os:path", "'os:path' is not a subclass of megaresid.residual.stream:ResidualVariant"),
         ("users:KeepsInput", "is not a subclass of megaresid.residual.stream:ResidualVariant"),
-        ("users:Required", r"start is missing \(Field required; type float, no default\)"),
+        ("users:Required", r"start is missing \(type float\)"),
         ("users:Required(start=fast)", "start=fast is not valid .*type float, no default"),
         ("users:ForeignOptions", "its Options are not a subclass of megaresid.spec:Options"),
         ("layer_scale(start=1e999)", "start=Infinity is not valid"),
