@@ -11,4 +11,6 @@ done
 
 cd "$megaresid_root"
 # Two at a time, each with rank processes of its own; a file's tests stay together, since they share what is costly.
+# Of one thread each: on small tensors more of them only wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest -n 2 --dist loadfile ${tier[@]+"${tier[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -14,7 +14,7 @@ from variant_table import FAMILY_HEADS, ONE_OF_EACH, ROWS, quick
 from megaresid.model.gpt import canonical_rules
 from megaresid.model.layer import Layer
 
-QUICKLY_COMPILED = ("vanilla", "x0_blend")
+QUICKLY_COMPILED = ("vanilla",)
 DEEP_HISTORIES = ("attention_residuals", "delta_attention_residuals", "mudd_former", "dense_former")
 
 
