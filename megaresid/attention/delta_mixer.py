@@ -8,10 +8,10 @@ from torch import nn
 
 from megaresid.attention.activations import activation
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import LinearMixer, split_heads, three, wide
-from megaresid.attention.recurrence import Kind
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options

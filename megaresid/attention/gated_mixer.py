@@ -9,6 +9,7 @@ from torch import nn
 from megaresid import spec
 from megaresid.attention.activations import ActivationName, activation
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import (
@@ -19,7 +20,6 @@ from megaresid.attention.projections import (
     split_heads,
     three,
 )
-from megaresid.attention.recurrence import Kind
 from megaresid.model.presets import ModelShape
 
 

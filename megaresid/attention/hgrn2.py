@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid, silu
 
 from megaresid import spec
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import (
@@ -20,7 +21,6 @@ from megaresid.attention.projections import (
     three,
     wide,
 )
-from megaresid.attention.recurrence import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 

@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 from megaresid import spec
 from megaresid.attention.activations import activation
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import LinearMixer, Sizes, head_sizes, split_heads, three
-from megaresid.attention.recurrence import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 

@@ -7,10 +7,10 @@ from torch.nn.functional import silu, softplus
 
 from megaresid import spec
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
 from megaresid.attention.projections import LinearMixer, head_width, split_heads, three, wide
-from megaresid.attention.recurrence import Kind
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.model.init import Constant, LogUniform, Rule, TimeStep
 from megaresid.model.presets import ModelShape

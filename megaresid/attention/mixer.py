@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import nn
 
 from megaresid.attention.cache import Cache
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Component, Options, Registry, write

@@ -3,8 +3,8 @@
 import torch
 
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import SEGMENT, Chosen, Inputs, Mixer, Side, SideSpec
-from megaresid.attention.recurrence import Kind
 from megaresid.model.presets import ModelShape
 from megaresid.spec import Options
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from megaresid.attention.cache import Cache
+from megaresid.attention.kind import recurrence_flops
 from megaresid.attention.mixer import SEGMENT, Inputs, Mixer
-from megaresid.attention.recurrence import recurrence, recurrence_flops
+from megaresid.attention.recurrence import recurrence
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape

@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 
 from megaresid.attention.kernels.self_check import routes_of
+from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, SEGMENT, Mixer, SideSpec
-from megaresid.attention.recurrence import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
 from megaresid.residual.stream import RESIDUALS, Opening, ResidualVariant, StateSpec

@@ -8,7 +8,8 @@ from megaresid.attention.kernels import calls, self_check
 from megaresid.attention.kernels.calls import documents_of, form_of, kind_of, product_dtype, run
 from megaresid.attention.kernels.routes import DECAYS, KERNELS, Facts, Route
 from megaresid.attention.kernels.self_check import PLAIN, checked_errors, errors
-from megaresid.attention.recurrence import Kind, by_steps
+from megaresid.attention.kind import Kind
+from megaresid.attention.recurrence import by_steps
 from megaresid.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

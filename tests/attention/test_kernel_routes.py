@@ -5,7 +5,7 @@ import torch
 
 from megaresid.attention.kernels import routes, self_check
 from megaresid.attention.kernels.routes import DECAYS, Facts, facts_of, route
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 from megaresid.errors import UserError
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import PRESETS

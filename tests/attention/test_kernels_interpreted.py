@@ -9,7 +9,7 @@ from interpreter import MISSING, REASON, Interpreter
 
 from megaresid.attention.kernels.routes import DECAYS, KERNELS, Facts, route
 from megaresid.attention.kernels.self_check import FORWARD, GRADIENT, checked_errors, errors
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(MISSING), reason=REASON)]
 

@@ -5,7 +5,8 @@ import torch
 from recurrence_cases import DECAYS, KINDS, assert_equal_results, definition, inputs, results, worst_error
 
 from megaresid.attention import decayed_scores
-from megaresid.attention.recurrence import Kind, by_steps, recurrence, recurrence_flops
+from megaresid.attention.kind import Kind, recurrence_flops
+from megaresid.attention.recurrence import by_steps, recurrence
 from megaresid.model.measure import count_flops
 
 LENGTHS = (1, 2, 63, 64, 65, 130)

@@ -12,7 +12,8 @@ from torch.nn.functional import logsigmoid
 from megaresid.attention.chunks import by_chunks
 from megaresid.attention.kernels.routes import DECAYS, KERNELS, Facts, Kernel, facts_of, route
 from megaresid.attention.kernels.self_check import FORWARD, GRADIENT, errors, self_check
-from megaresid.attention.recurrence import Kind, recurrence
+from megaresid.attention.kind import Kind
+from megaresid.attention.recurrence import recurrence
 from megaresid.model.gpt import build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megaresid.attention.kernels.routes import DECAYS, KERNELS, Kernel, facts_of, route
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 
 ALIGNMENT = 16
 """Kernels multiply tiles of at least 16; odd widths are refused in 16-bit types."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import Version
 
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 from megaresid.errors import UserError
 
 DECAYS = ("none", "constant", "head", "channel")

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from megaresid.attention.chunks import by_chunks
 from megaresid.attention.kernels.routes import Kernel, Route, facts_of, route
-from megaresid.attention.recurrence import Kind
+from megaresid.attention.kind import Kind
 from megaresid.errors import UserError
 
 FORWARD, GRADIENT = 0.01, 0.02
