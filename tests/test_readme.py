@@ -11,6 +11,7 @@ import torch
 
 from megaresid import variants
 from megaresid.config import SECTIONS
+from megaresid.model.check import check_states, check_users_mixers
 from megaresid.model.flops import residual_cost
 from megaresid.model.gpt import GPT, build, canonical_parameters, canonical_rules
 from megaresid.model.plan import ModelPlan, component_name
@@ -139,3 +140,26 @@ def test_every_option_of_training_is_one():
     options |= set(re.findall(r"`(--residual|--attention)\b", README))
     known = BESIDE_THE_CONFIGURATION | {f"--{key.replace('_', '-')}" for key in SECTIONS} | {"--deepspeed_config"}
     assert sorted(options - known) == []
+
+
+def test_the_mixer_of_the_readme_trains_and_is_what_it_says(monkeypatch):
+    """Alone, in a pattern, and inside another, as the text writes it."""
+    module = types.ModuleType("my_mixers")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (code,) = blocks(section("Adding a mixer"), "python")
+    exec(compile(code, "README.md", "exec"), module.__dict__)
+    shape = ModelShape(layers=4, heads=2, width=16, context=8, vocab_size=50)
+    specs = re.findall(r'"([^"]*my_mixers:Mean[^"]*)"', section("Adding a mixer"))
+    assert len(specs) == 3
+    for spec in specs:
+        plan = ModelPlan(shape, spec)
+        check_states(plan)
+        check_users_mixers(plan)
+        model = build(plan, 0)
+        idx = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    mixer = build(ModelPlan(shape, specs[0]), 0).parts[2].attention
+    x = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1))
+    means = torch.stack([x[:, : t + 1].mean(1) for t in range(8)], 1)
+    torch.testing.assert_close(mixer(x, ())[0], 0.5 * means @ mixer.o_proj.weight.T)
