@@ -6,10 +6,20 @@ A folder without a manifest is not a data set: the manifest is written last.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES
 from megaresid.errors import UserError
@@ -20,9 +30,16 @@ Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Record(BaseModel):
-    """Base of the manifest's parts: immutable, and closed to keys it does not know."""
+    """Base of the manifest's parts: immutable, and closed to keys it does not know.
+
+    A key that is None is not written, so that a key added later leaves the identity of older data sets as it was.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict:
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 class ShardEntry(Record):
@@ -50,10 +67,22 @@ class ShardEntry(Record):
 
 
 class Source(Record):
-    """Where the text came from; ``revision`` changes when the text does."""
+    """Where the text came from.
+
+    kind      the source of data_prep (fineweb, hub, parquet, jsonl, text, python-docs), or what the ids came as:
+              adopted (shards used as they were found), nanogpt, megatron
+    revision  changes when the text does: ``sha256:`` and the sha256 over the sha256s of the documents that were read
+              (a name of the release where the source has one; over the ids where there was no text)
+    dataset   name of the data set on the Hub
+    config    its configuration, e.g. sample-10BT
+    commit    the commit of its repository that was read
+    """
 
     kind: str
     revision: str
+    dataset: str | None = None
+    config: str | None = None
+    commit: str | None = None
 
 
 class Tokenizer(Record):
@@ -66,10 +95,24 @@ class Tokenizer(Record):
 
 
 class Options(Record):
-    """The options of data_prep that shape the shards."""
+    """The options of data_prep that shape the shards; None where an option was not given.
 
-    shard_tokens: int
-    validation_fraction: float
+    shard_tokens            most tokens in a shard; None for shards that data_prep did not cut
+    validation_fraction     fraction of the documents that is held out; None where the split was found, not made
+    language                documents whose ``language`` is another were left out
+    minimum_language_score  documents whose ``language_score`` is lower were left out
+    minimum_score           documents whose ``score`` is lower were left out
+    deduplicate             True: of documents with the same text only the first was kept
+    limit_tokens            most tokens of both splits together
+    """
+
+    shard_tokens: int | None = None
+    validation_fraction: float | None = None
+    language: str | None = None
+    minimum_language_score: float | None = None
+    minimum_score: float | None = None
+    deduplicate: Literal[True] | None = None
+    limit_tokens: int | None = None
 
 
 class Counts(Record):
@@ -77,14 +120,46 @@ class Counts(Record):
     tokens: int
 
 
-class Dropped(Record):
-    """Documents that were left out."""
+Dropping = Annotated[int | None, Field(default=None, ge=1)]
 
-    empty: int
+
+class Dropped(Record):
+    """Documents that were left out, by reason; None where there was none.
+
+    empty           no text, or white space only
+    bad_rows        the row was malformed or its text not a text
+    invalid_utf8    the text was not UTF-8
+    too_long        the text was longer than one document may be
+    other_language  the language was not the one asked for
+    low_score       a score was below the least one asked for
+    unreadable      units (files or parts of large files) that could not be read and were skipped as asked
+    duplicates      the text had come before
+
+    ``of`` makes it of counts, zeros included.
+    """
+
+    empty: int = Field(ge=0)
+    bad_rows: Dropping
+    invalid_utf8: Dropping
+    too_long: Dropping
+    other_language: Dropping
+    low_score: Dropping
+    unreadable: Dropping
+    duplicates: Dropping
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> "Dropped":
+        return cls(**{"empty": 0} | {reason: count for reason, count in counts.items() if count})
 
 
 class Content(Record):
-    """What the folder holds: the same however, wherever and whenever the folder was made."""
+    """What the folder holds: the same however, wherever and whenever the folder was made.
+
+    split_rule  how a document came to its split
+    splits      documents and tokens of each split
+    runs_cut    how often a text without any break was cut to be encoded
+    limited     True: the limit in tokens ended the data set before the source did
+    """
 
     source: Source
     options: Options
@@ -93,6 +168,7 @@ class Content(Record):
     splits: dict[Split, Counts]
     dropped: Dropped
     runs_cut: int
+    limited: Literal[True] | None = None
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -109,13 +185,39 @@ class Content(Record):
         return self
 
 
+class SourceFiles(Record):
+    """The files that were read: how many, their bytes, and the sha256 over their lines ``name bytes stamp``.
+
+    The stamp is a local file's time of change in ns, or the blob of a file on the Hub.
+    """
+
+    count: int
+    bytes: int
+    sha256: str = Sha256
+
+
 class Provenance(Record):
-    """How this copy was made; no part of the identity. ``created`` is an ISO time in UTC."""
+    """How this copy was made; no part of the identity.
+
+    created            ISO time in UTC
+    inputs             the paths that were given
+    text_column        the field or column with the text
+    source_files       the files that were read
+    workers            processes that encoded
+    partitions         machines or jobs whose parts were merged
+    tokenizer_backend  library that encoded; of several, joined by "+"
+    proven_bytes       bytes of text that the reference tokenizer encoded too, with the same ids
+    versions           of Python and the libraries
+    """
 
     created: str
-    inputs: tuple[str, ...]
-    text_column: str
-    workers: int
+    inputs: tuple[str, ...] = ()
+    text_column: str | None = None
+    source_files: SourceFiles | None = None
+    workers: int | None = None
+    partitions: int | None = None
+    tokenizer_backend: str | None = None
+    proven_bytes: int | None = None
     versions: dict[str, str]
 
 
