@@ -1,0 +1,109 @@
+"""The folder of an unfinished job: one process at a time, and nothing of another's is touched."""
+
+import errno
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.plan import PARTS, PLAN, Plan, check_same, load_plan, write_plan
+from megaresid.data.manifest import MANIFEST_NAME
+from megaresid.errors import UserError
+
+LOCK = "lock"
+RECORD = re.compile(r"\d{6,}-\d{6,}\.json")
+SHARD = re.compile(r"(train|val)_\d{6,}\.bin")
+# What a file system says that has no locks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise UserError where a job may not be done in ``out``; writes nothing."""
+    if (out / PARTS / LOCK).exists():
+        with open(out / PARTS / LOCK) as lock:
+            _lock(lock, out)
+    _check_contents(out, resume)
+
+
+def unfinished_plan(out: Path) -> Plan | None:
+    """The plan of the unfinished job in ``out``."""
+    return load_plan(out / PARTS) if (out / PARTS / PLAN).exists() else None
+
+
+@contextmanager
+def held(out: Path, plan: Plan, resume: bool) -> Iterator[Path]:
+    """Hold ``out`` for this process, with ``plan`` written there; yields the folder of the parts.
+
+    Raises UserError as ``check_folder`` does, for a job that differs from the unfinished one, and where another process
+    holds the folder. When the body fails before any part is complete, what was made here is removed.
+    """
+    check_folder(out, resume)
+    parts = out / PARTS
+    made = [folder for folder in (parts, out, *out.parents) if not folder.exists()]
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name a folder that can be made") from None
+    with open(parts / LOCK, "w") as lock:
+        _lock(lock, out)
+        # Another job may have come to its end before the lock was free.
+        _check_contents(out, resume)
+        if before := unfinished_plan(out):
+            check_same(before, plan, out)
+        try:
+            if before is None:
+                write_plan(parts, plan)
+            yield parts
+        except BaseException:
+            if parts.exists() and not has_records(parts):
+                shutil.rmtree(parts)
+                for folder in made[1:]:
+                    folder.rmdir()
+            raise
+
+
+def has_records(parts: Path) -> bool:
+    """Whether any part is complete."""
+    return any(RECORD.fullmatch(path.name) for path in parts.iterdir())
+
+
+def remove_shards(out: Path) -> None:
+    """Remove what an interrupted job wrote of its data set, which is made again from its parts."""
+    for path in out.iterdir():
+        if SHARD.fullmatch(path.name) or path.name == f"{MANIFEST_NAME}.partial":
+            path.unlink()
+
+
+def _check_contents(out: Path, resume: bool) -> None:
+    parts = out / PARTS
+    try:
+        there = {path.name for path in out.iterdir()}
+        unfinished = PARTS in there and parts.is_dir() and not _only_begun(parts)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        says = "is a file; name a folder" if isinstance(error, NotADirectoryError) else f"{error.strerror}; name another"
+        raise UserError(f"--out {out}: {says}") from None
+    if MANIFEST_NAME in there and not (resume and unfinished):
+        raise UserError(f"--out {out}: already holds a data set; name another folder, or delete this one")
+    if unfinished and not resume:
+        raise UserError(f"--out {out}: holds an unfinished job; go on with it by --resume, or delete the folder")
+    if not unfinished and there - {PARTS}:
+        raise UserError(f"--out {out}: not empty; name a new folder, or delete this one")
+
+
+def _only_begun(parts: Path) -> bool:
+    """Whether a job was killed here before it wrote its plan."""
+    return {path.name for path in parts.iterdir()} <= {LOCK, f"{PLAN}.partial"}
+
+
+def _lock(lock, out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another process is at work on it; wait for it, or name another folder") from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
