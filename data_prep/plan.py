@@ -66,6 +66,7 @@ class Plan(Record):
     most_bytes: int
     tokenizer_sha256: str
     source: dict[str, str]
+    inputs: tuple[str, ...]
     reading: Reading
     cutting: Cutting
     share: PlannedShare
@@ -75,7 +76,7 @@ class Plan(Record):
     def sha256(self) -> str:
         """Of what decides the parts: not the share and the cut, so that the shares of one job have the same, and not
         the stamps, as the time of a file differs between machines."""
-        deciding = self.model_dump(mode="json", exclude={"share", "cutting", "files"})
+        deciding = self.model_dump(mode="json", exclude={"share", "cutting", "files", "inputs"})
         deciding["files"] = [[file.name, file.bytes] for file in self.files]
         canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
@@ -103,6 +104,7 @@ def plan_of(job: Job, source: Source) -> Plan:
         most_bytes=MOST_BYTES,
         tokenizer_sha256=RANKS_SHA256,
         source={key: value for key, value in described.items() if value is not None},
+        inputs=job.input,
         reading=Reading(**{name: getattr(job, name) for name in Reading.model_fields}),
         cutting=Cutting(**{name: getattr(job, name) for name in Cutting.model_fields}),
         share=PlannedShare(number=job.share.number, of=job.share.of),

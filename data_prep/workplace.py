@@ -84,7 +84,8 @@ def _check_contents(out: Path, resume: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        says = "is a file; name a folder" if isinstance(error, NotADirectoryError) else f"{error.strerror}; name another"
+        file = isinstance(error, NotADirectoryError)
+        says = "is a file; name a folder" if file else f"{error.strerror}; name another"
         raise UserError(f"--out {out}: {says}") from None
     if MANIFEST_NAME in there and not (resume and unfinished):
         raise UserError(f"--out {out}: already holds a data set; name another folder, or delete this one")
