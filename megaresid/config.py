@@ -6,12 +6,13 @@ Every key has one name everywhere: ``--learning-rate`` on the command line is ``
 import json
 import os
 import sys
+from collections import Counter
 from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from megaresid.errors import UserError, suggestion
 from megaresid.model.presets import PRESETS, ModelShape
@@ -29,8 +30,14 @@ class Section(BaseModel):
 class RunOptions(Section):
     """The run and where it is kept."""
 
-    data: Path | None = None
-    """Folder of shards with a manifest, made by `python -m data_prep`."""
+    data: tuple[Path, ...] = ()
+    """Folder of shards with a manifest, made by `python -m data_prep`. Several folders are blended."""
+    data_weights: tuple[float, ...] = ()
+    """Of several folders: the sequences that come from each are as these numbers; by default as the tokens it has."""
+    data_order: Literal["shuffled", "sequential"] = "shuffled"
+    """Shuffled without replacement, anew in each epoch, or from front to back."""
+    align_documents: bool = False
+    """Begin each training sequence with a document where one begins soon enough."""
     run_dir: Path | None = None
     """Where the run is written; it must be new, or --resume must be given."""
     deepspeed_config: Path | None = None
@@ -45,6 +52,12 @@ class RunOptions(Section):
     """Start from the weights (only) of this run or checkpoint."""
     dry_run: bool = False
     """Print parameters, tokens, FLOPs, memory per rank and the resolved JSON, then stop."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_folder(cls, data: Any) -> Any:
+        """One folder may stand alone: so it does in the files of runs from before several were blended."""
+        return (data,) if isinstance(data, str | Path) else () if data is None else data
 
 
 class ModelOptions(Section):
@@ -169,7 +182,12 @@ class RunConfig(Section):
         return {key: value for section in self.model_dump(mode="json").values() for key, value in section.items()}
 
 
-PARAMETER_RULES = ("--parameter-rules", "--parameter_rules")
+GIVEN_ONCE = {
+    "--parameter-rules": "give all rules to one, each in quotes",
+    "--data": "give all folders to one",
+    "--data-weights": "give all weights to one",
+}
+"""Options that take several values: of two of them the parser would keep the last without a word."""
 
 SECTIONS: dict[str, str] = {
     key: section for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
@@ -218,8 +236,10 @@ def parse(arguments: list[str]) -> RunConfig:
     for a value of the wrong type, 0 for ``--help``.
     """
     arguments, taken = _take(arguments, "--preset", "--config", "--local_rank")
-    if sum(argument.split("=")[0] in PARAMETER_RULES for argument in arguments) > 1:
-        raise UserError("--parameter-rules is given twice: give all rules to one, each in quotes")
+    given = Counter(argument.split("=")[0].replace("_", "-") for argument in arguments)
+    for name, mend in GIVEN_ONCE.items():
+        if given[name] > 1:
+            raise UserError(f"{name} is given twice: {mend}")
     base = RunConfig()
     if preset := taken["--preset"]:
         if preset not in RUN_PRESETS:
@@ -276,7 +296,7 @@ def read_object(path: Path, option: str) -> dict[str, Any]:
 def _check(config: RunConfig) -> None:
     """Values that have a type but no sense: the first one is a UserError naming the option."""
     for key in ("data", "run_dir", "deepspeed_config"):
-        if getattr(config.run, key) is None:
+        if getattr(config.run, key) in (None, ()):
             raise UserError(f"--{key.replace('_', '-')} is missing: see {Path(sys.argv[0]).name} --help")
     if config.model.model not in PRESETS:
         raise UserError(f"--model {config.model.model}: {suggestion(config.model.model, PRESETS)}")

@@ -3,6 +3,8 @@
 import shlex
 import statistics
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,36 @@ import numpy as np
 import tyro
 
 from megaresid.data.manifest import load_manifest
+from megaresid.data.mixture import proportional
+from megaresid.data.sampler import windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError, exits_with_user_errors
-from megaresid.evaluation.validation import count_windows
 from megaresid.training.run_dir import read_json, read_metrics
 
 COUNTED_TOKENS = 100_000_000
 PIECE = 1 << 20
 
 
-def unigram_loss(training: TokenStream, validation: TokenStream, tokens: int, vocab_size: int) -> float:
-    """Nats per token of the best model that ignores context: add-one frequencies of the training tokens (the first
-    100 million at most), on validation tokens 1 to ``tokens``, which are the targets of the validation loss."""
-    seen = _counts(training, 0, min(len(training), COUNTED_TOKENS), vocab_size)
+def unigram_loss(
+    training: Sequence[TokenStream],
+    validation: Sequence[TokenStream],
+    tokens: Sequence[int],
+    shares: Sequence[Fraction],
+    vocab_size: int,
+) -> float:
+    """Nats per token of the best model that ignores context, of data in one folder or several.
+
+    It has add-one frequencies of the training tokens (the first 100 million of a folder at most), the folders counting
+    by their shares, and is judged on validation tokens 1 to ``tokens`` of each, the targets of the validation loss.
+    """
+    lengths = [min(len(stream), COUNTED_TOKENS) for stream in training]
+    counted = float(sum(share * length for share, length in zip(shares, lengths, strict=True)))
+    seen = sum(
+        _counts(stream, 0, length, vocab_size) * (float(share) * counted / length)
+        for stream, length, share in zip(training, lengths, shares, strict=True)
+    )
     log_probability = np.log((seen + 1) / (seen.sum() + vocab_size))
-    wanted = _counts(validation, 1, tokens, vocab_size)
+    wanted = sum(_counts(stream, 1, count, vocab_size) for stream, count in zip(validation, tokens, strict=True))
     return float(-(wanted * log_probability).sum() / wanted.sum())
 
 
@@ -48,9 +65,12 @@ def summarise(run: Path) -> str:
     validations = [row for row in rows if "val_loss" in row]
     if not validations:
         raise UserError(f"{run}: no validation has been recorded: train with --validation-interval above 0")
-    training, validation = _streams(run)
-    tokens = count_windows(validation, shape["context"], config["validation_tokens"]) * shape["context"]
-    unigram = unigram_loss(training, validation, tokens, shape["vocab_size"])
+    folders = _folders(run)
+    context, most = shape["context"], config["validation_tokens"]
+    training, validation, shares = zip(*folders)
+    available = [windows(len(stream), context) for stream in validation]
+    tokens = [count * context for count in proportional(shares, available, most // context)]
+    unigram = unigram_loss(training, validation, tokens, shares, shape["vocab_size"])
     first, last = validations[0], validations[-1]
     lines = [
         f"validation loss   {_loss(first)} at step {first['step']}, {_loss(last)} at step {last['step']} after "
@@ -67,16 +87,25 @@ def summarise(run: Path) -> str:
     return "\n".join(lines)
 
 
-def _streams(run: Path) -> tuple[TokenStream, TokenStream]:
-    """The training and validation tokens that the run was trained on."""
+def _folders(run: Path) -> list[tuple[TokenStream, TokenStream, Fraction]]:
+    """The training and validation tokens that the run was trained on, and the share of each folder."""
     data = read_json(run, "data.json")
-    folder = Path(data["folder"])
-    if not folder.is_dir():
-        raise UserError(f"{run / 'data.json'}: data folder {folder} is gone: put it back, or name its new place there")
-    manifest = load_manifest(folder)
-    if manifest.identity != data["identity"]:
-        raise UserError(f"data folder {folder} holds other data now than {run} was trained on: put the old data back")
-    return TokenStream.open(folder, manifest, "train"), TokenStream.open(folder, manifest, "val")
+    found = []
+    # Runs from before several folders were blended name theirs in the tree itself.
+    for entry in data.get("folders", [data]):
+        folder = Path(entry["folder"])
+        if not folder.is_dir():
+            raise UserError(
+                f"{run / 'data.json'}: data folder {folder} is gone: put it back, or name its new place there"
+            )
+        manifest = load_manifest(folder)
+        if manifest.identity != entry["identity"]:
+            raise UserError(
+                f"data folder {folder} holds other data now than {run} was trained on: put the old data back"
+            )
+        streams = (TokenStream.open(folder, manifest, split) for split in ("train", "val"))
+        found.append((*streams, Fraction(entry.get("share", 1))))
+    return found
 
 
 def _from_here(path: Path) -> Path:

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not config.run.dry_run:
         execute(prepared)
     elif os.environ.get("RANK", "0") == "0":
-        print_estimate(prepared.plan, config, prepared.ds_config, prepared.batch, len(prepared.training))
+        print_estimate(prepared.plan, config, prepared.ds_config, prepared.batch, prepared.data.training_tokens)
 
 
 if __name__ == "__main__":

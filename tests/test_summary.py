@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,10 @@ def by_hand(training: list[int], validation: list[int], tokens: int, vocabulary:
     return math.fsum(cost[token] for token in validation[1 : tokens + 1]) / tokens
 
 
+def of_one_folder(training: TokenStream, validation: TokenStream, tokens: int) -> float:
+    return summary.unigram_loss([training], [validation], [tokens], [Fraction(1)], VOCABULARY)
+
+
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A finished run directory and its data, both in folders with a space in their names."""
@@ -98,7 +103,7 @@ def test_the_unigram_loss_is_that_of_add_one_counts(tmp_path):
     training, validation = streams(write_data(tmp_path / "data", TRAINING, VALIDATION, shard_tokens=10))
     for tokens in (1, 12, len(VALIDATION) - 1):
         wanted = by_hand(TRAINING, VALIDATION, tokens, VOCABULARY)
-        assert summary.unigram_loss(training, validation, tokens, VOCABULARY) == pytest.approx(wanted, rel=1e-12)
+        assert of_one_folder(training, validation, tokens) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_the_unigram_loss_of_a_stream_of_several_pieces(tmp_path):
@@ -110,14 +115,14 @@ def test_the_unigram_loss_of_a_stream_of_several_pieces(tmp_path):
     training, validation = streams(write_data(tmp_path / "data", *ids, shard_tokens=700_000))
     tokens = len(ids[1]) - 1
     wanted = by_hand(*ids, tokens, VOCABULARY)
-    assert summary.unigram_loss(training, validation, tokens, VOCABULARY) == pytest.approx(wanted, rel=1e-12)
+    assert of_one_folder(training, validation, tokens) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_only_the_first_training_tokens_are_counted(tmp_path, monkeypatch):
     training, validation = streams(write_data(tmp_path / "data", TRAINING, VALIDATION, shard_tokens=10))
     monkeypatch.setattr(summary, "COUNTED_TOKENS", 7)
     wanted = by_hand(TRAINING[:7], VALIDATION, 12, VOCABULARY)
-    assert summary.unigram_loss(training, validation, 12, VOCABULARY) == pytest.approx(wanted, rel=1e-12)
+    assert of_one_folder(training, validation, 12) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(("validation_tokens", "targets"), [(14, 12), (1000, 20)])

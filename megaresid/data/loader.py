@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from megaresid.data.blend import BlendedSampler
+from megaresid.data.mixture import Mixture, Stream
 from megaresid.data.sampler import Sampler, sample_indices
-from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -20,7 +21,7 @@ AHEAD = 4
 PERMUTED_AT_ONCE = 1024
 
 
-def read_batch(stream: TokenStream, windows: np.ndarray, context: int, vocab_size: int) -> Batch:
+def read_batch(stream: Stream | Mixture, windows: np.ndarray, context: int, vocab_size: int) -> Batch:
     """``(idx, targets)`` int64[len(windows), context]; targets are the tokens one further on.
 
     Raises UserError naming shard, token offset, id and vocab_size for an id outside the vocabulary.
@@ -28,10 +29,10 @@ def read_batch(stream: TokenStream, windows: np.ndarray, context: int, vocab_siz
     tokens = stream.read_windows(windows, context)
     if tokens.max(initial=0) >= vocab_size:
         row, column = np.argwhere(tokens >= vocab_size)[0].tolist()
-        shard, offset = stream.locate(int(windows[row]) * context + column)
+        shard, offset = stream.place(int(windows[row]), column, context)
         raise UserError(
-            f"{stream.folder / shard}: token {offset} is id {tokens[row, column]}, outside the vocabulary of "
-            f"{vocab_size}; check the data with python -m data_prep verify {stream.folder}",
+            f"{shard}: token {offset} is id {tokens[row, column]}, outside the vocabulary of {vocab_size}; "
+            f"check the data with python -m data_prep verify {shard.parent}",
             rank_local=True,
         )
     return torch.from_numpy(tokens[:, :-1].astype(np.int64)), torch.from_numpy(tokens[:, 1:].astype(np.int64))
@@ -47,8 +48,8 @@ class Loader:
 
     def __init__(
         self,
-        stream: TokenStream,
-        sampler: Sampler,
+        stream: Stream | Mixture,
+        sampler: Sampler | BlendedSampler,
         *,
         context: int,
         global_batch: int,

@@ -1,10 +1,13 @@
 """Which tokens a run sees at which step: a pure function of (seed, global sample index).
 
 There is no generator and no stored order. Sample s of the run is window ``permute(s mod n)`` of the data, under
-another permutation in each epoch, so any number of ranks, workers and restarts sees the same order.
+another permutation in each epoch, or window s mod n itself in sequential order, so any number of ranks, workers and
+restarts sees the same order.
 """
 
 import hashlib
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from megaresid.errors import UserError
 
 ROUNDS = 8
 U64 = np.uint64
+Order = Literal["shuffled", "sequential"]
 
 
 def windows(tokens: int, context: int) -> int:
@@ -19,12 +23,16 @@ def windows(tokens: int, context: int) -> int:
     return max(tokens - 1, 0) // context
 
 
-def check_capacity(tokens: int, *, context: int, global_batch: int, where: str) -> int:
-    """The windows of a stream of ``tokens``; UserError when they do not fill one global batch. ``where`` names it."""
+def check_capacity(tokens: int, *, context: int, global_batch: int, where: str, share: Fraction = Fraction(1)) -> int:
+    """The windows of a stream of ``tokens``; UserError when they do not fill its share of one global batch.
+
+    ``where`` names the stream.
+    """
     available = windows(tokens, context)
-    if available < global_batch:
+    if available < share * global_batch:
+        part = "" if share == 1 else f"its share ({float(share):.3g}) of "
         raise UserError(
-            f"{where}: {tokens} tokens give {available} sequences of {context}, fewer than one global batch of "
+            f"{where}: {tokens} tokens give {available} sequences of {context}, fewer than {part}one global batch of "
             f"{global_batch}; use more text, a smaller global batch or a shorter context"
         )
     return available
@@ -56,18 +64,25 @@ def sample_indices(
 
 
 class Sampler:
-    """Maps global samples to windows; epoch e is samples [e*windows, (e+1)*windows), each window once."""
+    """Maps global samples to windows; epoch e is samples [e*windows, (e+1)*windows), each window once.
 
-    def __init__(self, windows: int, seed: int):
-        self.windows, self.seed = windows, seed
+    In sequential order the seed plays no part. ``folder`` is its number where several are blended, each of which has
+    permutations of its own.
+    """
+
+    def __init__(self, windows: int, seed: int, order: Order = "shuffled", folder: int | None = None):
+        self.windows, self.order = windows, order
+        self.key = (seed,) if folder is None else (seed, folder)
 
     def window_of(self, samples: np.ndarray) -> np.ndarray:
         """int64[...] windows of int64[...] global samples."""
         epochs, within = np.divmod(samples, self.windows)
+        if self.order == "sequential":
+            return within
         result = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            result[here] = permute(within[here], self.windows, (self.seed, epoch))
+            result[here] = permute(within[here], self.windows, (*self.key, epoch))
         return result
 
 

@@ -99,12 +99,12 @@ class TokenStream:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def locate(self, position: int) -> tuple[str, int]:
-        """(shard name, token offset within it) of a position in the stream."""
+    def locate(self, position: int) -> tuple[Path, int]:
+        """(shard, token offset within it) of a position in the stream."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of a stream of {len(self)} tokens")
         shard = bisect_right(self.starts, position) - 1
-        return self.shards[shard].name, position - self.starts[shard]
+        return self.folder / self.shards[shard].name, position - self.starts[shard]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream as uint16[length]; may span shards.
@@ -132,6 +132,10 @@ class TokenStream:
         for row, window in zip(tokens, windows.tolist(), strict=True):
             self.read_into(window * context, row)
         return tokens
+
+    def place(self, window: int, column: int, context: int) -> tuple[Path, int]:
+        """(shard, token offset within it) of a token of a window."""
+        return self.locate(window * context + column)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""

@@ -6,13 +6,14 @@ import torch.distributed
 from torch.nn.functional import pad
 
 from megaresid.data.loader import read_batch
+from megaresid.data.mixture import Mixture
 from megaresid.data.sampler import windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Measurable
 
 
-def count_windows(stream: TokenStream, context: int, tokens: int) -> int:
+def count_windows(stream: TokenStream | Mixture, context: int, tokens: int) -> int:
     """The whole windows in ``tokens`` or in the stream, whichever is less; raises UserError when there is none."""
     found = min(tokens // context, windows(len(stream), context))
     if found < 1:
@@ -32,7 +33,7 @@ class Validation:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: TokenStream | Mixture,
         *,
         context: int,
         tokens: int,

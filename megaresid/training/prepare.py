@@ -9,9 +9,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megaresid.attention.kernels.self_check import check_kernels
 from megaresid.config import RunConfig
-from megaresid.data.manifest import Manifest, check_vocabulary, load_manifest
-from megaresid.data.sampler import check_capacity
-from megaresid.data.shards import TokenStream
+from megaresid.data.mixture import RunData, open_data
 from megaresid.errors import UserError
 from megaresid.evaluation.validation import count_windows
 from megaresid.model.check import check_states, check_users_mixers, complete_rules
@@ -34,9 +32,7 @@ class Prepared:
     plan: ModelPlan
     batch: Batch
     ds_config: DeepSpeedConfig
-    manifest: Manifest
-    training: TokenStream
-    validation: TokenStream | None  # None where the run never validates
+    data: RunData
     resume: Path | None
     weights: Path | None
 
@@ -44,7 +40,7 @@ class Prepared:
     def identity(self) -> dict[str, str | int]:
         """What a resumed run must share with the run that it goes on with."""
         return {
-            "data": self.manifest.identity,
+            "data": self.data.identity,
             "spec": self.plan.hash,
             "global_batch_size": self.batch.sequences,
             "seed": self.config.run.seed,
@@ -67,24 +63,26 @@ def prepare(config: RunConfig) -> Prepared:
             model = GPT(plan)
         _check_rules(model, config, ds_config)
         forward_flops_per_token(plan)
-    manifest = load_manifest(run.data)
-    check_vocabulary(manifest, plan.shape.vocab_size)
-    training = TokenStream.open(run.data, manifest, "train")
-    where = f"data folder {run.data}"
-    check_capacity(len(training), context=plan.shape.context, global_batch=batch.sequences, where=where)
-    validation = None
-    if config.interval.validation_interval:
-        validation = TokenStream.open(run.data, manifest, "val")
-        count_windows(validation, plan.shape.context, config.interval.validation_tokens)
+    validating = config.interval.validation_interval > 0
+    data = open_data(
+        run.data,
+        run.data_weights,
+        run.data_order,
+        run.align_documents,
+        vocab_size=plan.shape.vocab_size,
+        validating=validating,
+    )
+    data.check_capacity(plan.shape.context, batch.sequences)
+    if validating:
+        tokens = config.interval.validation_tokens
+        count_windows(data.validation(plan.shape.context, tokens), plan.shape.context, tokens)
     check_usable(run.run_dir, resuming=run.resume is not None)
     prepared = Prepared(
         config=config,
         plan=plan,
         batch=batch,
         ds_config=ds_config,
-        manifest=manifest,
-        training=training,
-        validation=validation,
+        data=data,
         resume=_checkpoint_to_resume(run.resume, run.run_dir),
         weights=_required_checkpoint(run.init_from, "--init-from") if run.init_from else None,
     )

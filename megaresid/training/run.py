@@ -12,8 +12,6 @@ from deepspeed.monitor.monitor import MonitorMaster
 
 from megaresid.attention.kernels.self_check import self_check
 from megaresid.data.loader import Loader
-from megaresid.data.sampler import Sampler, windows
-from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation
@@ -71,8 +69,8 @@ def execute(prepared: Prepared) -> None:
 
     recorder = _on_rank_0(lambda: _start_record(directory, prepared, course, engine.device))
     loader = Loader(
-        prepared.training,
-        Sampler(windows(len(prepared.training), shape.context), config.run.seed),
+        prepared.data.training(shape.context),
+        prepared.data.sampler(shape.context, config.run.seed),
         context=shape.context,
         global_batch=batch.sequences,
         micro_batch=batch.micro,
@@ -91,11 +89,12 @@ def execute(prepared: Prepared) -> None:
 
 
 def _hooks(prepared: Prepared, rank: int) -> list[Hook]:
-    if prepared.validation is None:
-        return []
     interval, shape = prepared.config.interval, prepared.plan.shape
+    stream = prepared.data.validation(shape.context, interval.validation_tokens)
+    if stream is None:
+        return []
     validation = Validation(
-        prepared.validation,
+        stream,
         context=shape.context,
         tokens=interval.validation_tokens,
         micro_batch=prepared.batch.micro,
@@ -162,10 +161,8 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
         f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
         f"{torch.get_num_threads()} threads per rank"
     )
-    recorder.say(
-        f"data      {len(prepared.training):,} training and {_length(prepared.validation):,} validation tokens, "
-        f"identity {prepared.manifest.identity[:12]}"
-    )
+    for line in prepared.data.describe(batch.sequences * course.steps, plan.shape.context):
+        recorder.say(f"data      {line}")
     if prepared.config.execution.compile:
         recorder.say("compile   at the first step, which may take minutes")
     start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
@@ -179,16 +176,4 @@ def _describe(directory: RunDirectory, prepared: Prepared, device: torch.device)
     directory.write("ds_config.json", prepared.ds_config.engine | prepared.ds_config.monitors)
     directory.write("spec.json", prepared.plan.tree() | {"hash": prepared.plan.hash})
     directory.write("environment.json", environment() | {"kernels": kernels})
-    directory.write(
-        "data.json",
-        {
-            "folder": str(prepared.config.run.data.resolve()),
-            "identity": prepared.manifest.identity,
-            "training_tokens": len(prepared.training),
-            "validation_tokens": _length(prepared.validation),
-        },
-    )
-
-
-def _length(stream: TokenStream | None) -> int:
-    return 0 if stream is None else len(stream)
+    directory.write("data.json", prepared.data.record())

@@ -21,7 +21,8 @@ def make(tmp_path, write_data_set):
 
     def make(tokens=TOKENS, **options):
         cuts = {"train_000000.bin": tokens[:300], "train_000001.bin": tokens[300:301], "train_000002.bin": tokens[301:]}
-        folder = write_data_set(tmp_path / "set", cuts)
+        # Each in a folder of its own: the threads of earlier loaders may still read theirs.
+        folder = write_data_set(tmp_path / f"set{len(list(tmp_path.iterdir()))}", cuts)
         stream = TokenStream.open(folder, load_manifest(folder), "train")
         sampler = Sampler(windows(len(stream), CONTEXT), seed=3)
         defaults = dict(global_batch=GLOBAL_BATCH, micro_batch=2, ranks=1, rank=0, vocab_size=50257, last_step=40)

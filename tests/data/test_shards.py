@@ -46,8 +46,8 @@ def test_ranges_outside_the_stream(stream):
             stream.read(start, length)
 
 
-def test_locate(stream):
-    places = [(f"train_{n:06d}.bin", offset) for n, ids in enumerate(TRAIN) for offset in range(len(ids))]
+def test_locate(folder, stream):
+    places = [(folder / f"train_{n:06d}.bin", offset) for n, ids in enumerate(TRAIN) for offset in range(len(ids))]
     assert [stream.locate(position) for position in range(len(stream))] == places
     for position in (-1, len(stream)):
         with pytest.raises(IndexError):
