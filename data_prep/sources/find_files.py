@@ -1,0 +1,34 @@
+"""The files that --input names."""
+
+import glob
+from pathlib import Path
+
+from data_prep.sources.source import File
+from megaresid.errors import UserError
+
+
+def find_files(inputs: tuple[str, ...], suffixes: tuple[str, ...]) -> list[File]:
+    """The files that the inputs name, each once, in the order of the inputs and sorted by path within one.
+
+    A folder stands for the files in and below it with one of the suffixes; a file or a pattern is taken as it is.
+    Raises UserError for an input that gives none.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+        elif path.is_file():
+            files = [path]
+        else:
+            files = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+        if not files:
+            kinds = f"no {' or '.join(suffixes)} files in it" if path.is_dir() else "no such file, folder or match"
+            raise UserError(f"--input {name}: {kinds}; check the path")
+        found.update(dict.fromkeys(files))
+    return [local_file(path) for path in found]
+
+
+def local_file(path: Path) -> File:
+    status = path.stat()
+    return File(str(path), status.st_size, str(status.st_mtime_ns))

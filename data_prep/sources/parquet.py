@@ -1,0 +1,188 @@
+"""Parquet files, one document a row: only the text's column and those of filters are read, by row groups."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, repeat
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from data_prep.sources.batches import in_batches
+from data_prep.sources.checked import Filters, check_bad_rows, check_columns, not_text, refusal
+from data_prep.sources.find_files import find_files
+from data_prep.sources.source import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    MOST_BYTES,
+    UNIT_BYTES,
+    Batch,
+    File,
+    Reader,
+    Segment,
+    Source,
+    Tally,
+    Unit,
+    Unreadable,
+)
+from megaresid.errors import UserError
+
+BUFFER_BYTES = 2**20
+# The width of the offsets in each type that holds text.
+WIDTHS = {
+    pyarrow.string(): np.int32,
+    pyarrow.binary(): np.int32,
+    pyarrow.large_string(): np.int64,
+    pyarrow.large_binary(): np.int64,
+}
+
+
+@dataclass(frozen=True)
+class ParquetReader(Reader):
+    """Reads row groups; a large file is cut into runs of them."""
+
+    column: str
+    filters: Filters = Filters()
+
+    def cut(self, file: File, path: Path) -> Iterator[tuple[Segment, int]]:
+        try:
+            with open_table(path, file.name) as table:
+                sizes = text_sizes(table, self.column)
+        except UserError:
+            # Reading it says what is wrong with it, and --skip-unreadable acts there.
+            sizes = []
+        total = sum(sizes)
+        if not total:
+            yield from super().cut(file, path)
+            return
+        first = first_byte = before = size = 0
+        for last, more in enumerate(sizes, 1):
+            size += more
+            if size >= UNIT_BYTES or last == len(sizes):
+                before += size
+                byte = file.bytes * before // total
+                yield Segment(path, file.name, first, last), byte - first_byte
+                first, first_byte, size = last, byte, 0
+
+    def read(self, unit: Unit, tally: Tally) -> Iterator[Batch]:
+        return in_batches(self._documents(unit, tally))
+
+    def _documents(self, unit: Unit, tally: Tally) -> Iterator[tuple[bytes, int]]:
+        before = rows = 0
+        dropped: Tally = Counter()
+        for segment in unit.segments:
+            with open_table(segment.path, segment.name) as table:
+                self._check(table.schema_arrow, segment.name)
+                groups = range(segment.first, segment.last or table.num_row_groups)
+                size = unit.bytes if len(unit.segments) == 1 else segment.path.stat().st_size
+                expected, read = sum(table.metadata.row_group(group).num_rows for group in groups), 0
+                for batch in self._batches(table, groups):
+                    read += len(batch)
+                    position = min(before + size * read // expected, unit.bytes)
+                    for text in self._wanted(batch, dropped):
+                        if reason := refusal(text):
+                            dropped[reason] += 1
+                        else:
+                            yield text, position
+                    del batch, text
+                if read != expected:
+                    raise Unreadable(segment.name, f"{read} rows where its footer says {expected}")
+            before += size
+            rows += read
+        tally.update(dropped)
+        check_bad_rows(unit, rows, dropped)
+
+    def _check(self, schema: pyarrow.Schema, name: str) -> None:
+        check_columns(name, schema.names, self.column, self.filters)
+        if schema.names.count(self.column) > 1:
+            raise UserError(f"{name}: more than one column {self.column!r}; name another by --text-column")
+        if not is_text(found := schema.field(self.column).type):
+            raise not_text(name, self.column, str(found))
+
+    def _batches(self, table: parquet.ParquetFile, groups: range) -> Iterator[pyarrow.RecordBatch]:
+        """The rows of the groups, some at a time: about BATCH_BYTES of text by the mean of their group."""
+        sizes = text_sizes(table, self.column)
+        for group in groups:
+            mean = max(sizes[group] // max(table.metadata.row_group(group).num_rows, 1), 1)
+            yield from table.iter_batches(
+                batch_size=min(max(BATCH_BYTES // mean, 1), BATCH_ROWS),
+                row_groups=[group],
+                columns=[self.column, *self.filters.options],
+                use_threads=False,
+            )
+
+    def _wanted(self, batch: pyarrow.RecordBatch, dropped: Tally) -> Iterator[bytes]:
+        """The texts that the filters want."""
+        texts = texts_of(batch.column(self.column))
+        if not self.filters.options:
+            yield from texts
+            return
+        rows = batch.select(list(self.filters.options)).to_pylist()
+        for text, row in zip(texts, rows, strict=True):
+            if reason := self.filters.reason(row):
+                dropped[reason] += 1
+            else:
+                yield text
+
+
+class ParquetFiles(Source):
+    """Files of --input, .parquet in folders."""
+
+    kind = "parquet"
+    suffixes = (".parquet",)
+
+    @classmethod
+    def open(cls, job) -> "ParquetFiles":
+        return cls(find_files(job.input, cls.suffixes), ParquetReader(job.text_column, Filters.of(job)))
+
+
+@contextmanager
+def open_table(path: Path, name: str) -> Iterator[parquet.ParquetFile]:
+    """The file, read a buffer at a time; what fails while it is open raises Unreadable with ``name``."""
+    try:
+        with parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+        ) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Unreadable(name, error.strerror if isinstance(error, OSError) and error.strerror else error) from None
+
+
+def text_sizes(table: parquet.ParquetFile, column: str) -> list[int]:
+    """The uncompressed bytes of a column in each row group; UserError where there is no such column."""
+    groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+    if not groups:
+        return []
+    paths = [groups[0].column(leaf).path_in_schema for leaf in range(groups[0].num_columns)]
+    if column not in paths:
+        raise UserError(f"no column {column!r}")
+    leaf = paths.index(column)
+    return [group.column(leaf).total_uncompressed_size for group in groups]
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (*WIDTHS, pyarrow.string_view(), pyarrow.binary_view())
+
+
+def texts_of(column: pyarrow.Array) -> Iterator[bytes | memoryview]:
+    """The values of a column as bytes, null as none, straight from its buffers: no str is made. What is too long to be
+    a document comes as a view, not copied."""
+    if pyarrow.types.is_dictionary(column.type):
+        values = list(texts_of(column.dictionary))
+        yield from (b"" if index is None else values[index] for index in column.indices.to_pylist())
+        return
+    if column.type not in WIDTHS:
+        column = column.cast(pyarrow.large_binary())
+    width = WIDTHS[column.type]
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, width, len(column) + 1, column.offset * np.dtype(width).itemsize).tolist()
+    bytes_of = memoryview(data or b"")
+    valid = column.is_valid().to_pylist() if column.null_count else repeat(True)
+    for (start, end), there in zip(pairwise(bounds), valid, strict=False):
+        text = bytes_of[start:end] if there else b""
+        yield bytes(text) if len(text) <= MOST_BYTES else text
