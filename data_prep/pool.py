@@ -23,6 +23,7 @@ class Pool:
     """``workers`` processes, started at once and ended by ``close``; a context manager."""
 
     def __init__(self, workers: int, options: WorkerOptions):
+        self.workers = workers
         # Not forked: the parent has threads.
         context = multiprocessing.get_context("spawn")
         self._board = context.RawArray(c_int64, FIELDS * workers)
@@ -48,6 +49,9 @@ class Pool:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Have the workers leave what they are at, and wait until they have ended."""
         self._stop.value = True
         self._executor.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.parts import PartRecord, read_record
 from data_prep.plan import PARTS, PLAN, Plan, check_same, load_plan, write_plan
 from megaresid.data.manifest import MANIFEST_NAME
 from megaresid.errors import UserError
@@ -57,16 +58,25 @@ def held(out: Path, plan: Plan, resume: bool) -> Iterator[Path]:
                 write_plan(parts, plan)
             yield parts
         except BaseException:
-            if parts.exists() and not has_records(parts):
+            if parts.exists() and not _records(parts):
                 shutil.rmtree(parts)
                 for folder in made[1:]:
                     folder.rmdir()
             raise
 
 
-def has_records(parts: Path) -> bool:
-    """Whether any part is complete."""
-    return any(RECORD.fullmatch(path.name) for path in parts.iterdir())
+def found_records(out: Path, plan: Plan) -> dict[str, PartRecord]:
+    """The records of the complete parts in ``out``, by the name of their units."""
+    parts = out / PARTS
+    names = sorted(path.stem for path in _records(parts))
+    found = {name: read_record(parts, name, plan.sha256) for name in names}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def remove_records(parts: Path) -> None:
+    """Make all parts incomplete."""
+    for path in _records(parts):
+        path.unlink()
 
 
 def remove_shards(out: Path) -> None:
@@ -93,6 +103,10 @@ def _check_contents(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out}: holds an unfinished job; go on with it by --resume, or delete the folder")
     if not unfinished and there - {PARTS}:
         raise UserError(f"--out {out}: not empty; name a new folder, or delete this one")
+
+
+def _records(parts: Path) -> list[Path]:
+    return [path for path in parts.iterdir() if RECORD.fullmatch(path.name)] if parts.is_dir() else []
 
 
 def _only_begun(parts: Path) -> bool:

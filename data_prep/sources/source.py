@@ -140,6 +140,7 @@ class Source:
     """The files of a source in order, and what reads them."""
 
     kind: str
+    download_folder: Path | None = None
 
     def __init__(self, files: list[File], reader: Reader):
         self.files, self.reader = files, reader
@@ -154,6 +155,10 @@ class Source:
         from data_prep.sources.grouping import units_of
 
         return units_of(self.files, self.fetch, self.reader.cut, share)
+
+    def download_bytes(self, share: Share = WHOLE) -> int:
+        """What a share has to download to ``download_folder`` before it can be read."""
+        return 0
 
     def describe(self, documents_sha256: str) -> dict[str, str]:
         """What the manifest says of the source; ``documents_sha256`` is the hash of the documents as they came."""
