@@ -3,15 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.progress import Report, no_report
 from megaresid.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES, check_shard
 from megaresid.errors import UserError
 
-# Called with the fraction that is done, the documents and the tokens so far.
-Report = Callable[[float, int, int], None]
 # Read of a shard between two reports.
 VERIFY_BYTES = 2**24
 
@@ -35,7 +34,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def verify_shards(
-    folder: Path, manifest: Manifest, report: Report = lambda fraction, documents, tokens: None
+    folder: Path, manifest: Manifest, report: Report = no_report
 ) -> Iterator[tuple[ShardEntry, str | None]]:
     """Each shard with what is wrong with it, None when its checksum is the recorded one. Reports no documents."""
     total = sum(entry.bytes for entry in manifest.content.shards)

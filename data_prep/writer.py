@@ -22,7 +22,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or path
-        raise UserError(f"{place}: {error.strerror}; mend that, then go on with --resume") from error
+        raise UserError(
+            f"{place}: {error.strerror}; mend that and start again (--resume keeps finished parts)"
+        ) from error
 
 
 class ShardWriter:
