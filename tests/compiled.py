@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import IDX, gradients_of, loss_of
 
+from megaresid.model.compile import compile_model
 from megaresid.model.gpt import GPT
 
 
@@ -13,7 +14,7 @@ def assert_compiles_to_one_graph(model: GPT, tolerance: float, idx: torch.Tensor
     expected = gradients_of(model, loss)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled_loss = loss_of(torch.compile(model, fullgraph=True, **options), idx)
+    compiled_loss = loss_of(compile_model(model, fullgraph=True, **options), idx)
     found = gradients_of(model, compiled_loss)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from megaresid.benchmark.entries import plan_of
 from megaresid.config import OptimizerOptions
+from megaresid.model.compile import compile_model
 from megaresid.model.gpt import GPT, build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.measure import saved_bytes
 from megaresid.model.presets import ModelShape
@@ -57,7 +58,7 @@ class Stepper:
         self.module = model
         if setting.compile:
             dtype = getattr(torch, setting.autocast or "float32")
-            self.module = torch.compile(model, fullgraph=plan.one_graph(torch.device(setting.device), dtype))
+            self.module = compile_model(model, fullgraph=plan.one_graph(torch.device(setting.device), dtype))
         shape, generator = setting.shape, torch.Generator().manual_seed(SEED)
         tokens = torch.randint(shape.vocab_size, (setting.micro_batch, shape.context + 1), generator=generator)
         self.idx, self.targets = (t.contiguous().to(setting.device) for t in (tokens[:, :-1], tokens[:, 1:]))

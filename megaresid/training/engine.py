@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megaresid.config import RunConfig
 from megaresid.errors import UserError
+from megaresid.model.compile import compile_model
 from megaresid.model.gpt import build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
@@ -46,7 +47,7 @@ class Engine:
         module = model
         if config.execution.compile:
             # Where it can be one graph: an error rather than parts that silently run uncompiled.
-            module = torch.compile(model, fullgraph=plan.one_graph(self.device, ds_config.product_dtype))
+            module = compile_model(model, fullgraph=plan.one_graph(self.device, ds_config.product_dtype))
         self.set_step = functools.partial(set_step, model)
         self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
         self.batch = batch

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megaresid.attention.softmax import Softmax
+from megaresid.model.compile import compile_model
 from megaresid.model.gpt import build, canonical_parameters
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
@@ -76,7 +77,7 @@ def compiled_equals_eager(backend: str) -> None:
     model = model_of()
     loss, gradients = loss_and_gradients(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = compile_model(model, fullgraph=True, backend=backend)
     compiled_loss, compiled_gradients = loss_and_gradients(model, compiled)
     assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     for name, gradient in gradients.items():
