@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,12 @@ from data_prep.formats.found import ids_manifest, split_in_name
 from data_prep.formats.ids import as_gpt2, read_blocks
 from data_prep.manifest import write_manifest
 from data_prep.plan import PARTS, PLAN
+from data_prep.progress import Report, no_report
 from data_prep.tokenizer import END_OF_TEXT
 from megaresid.data.manifest import MANIFEST_NAME, Counts, Manifest, ShardEntry, Split
 from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES, parse_header
 from megaresid.errors import UserError
 
-Report = Callable[[float, int, int], None]
 # What files of the same family hold that have another magic number.
 OTHERS = {
     0: "an unfinished shard, its header was never written; delete it, or finish the job that wrote it",
@@ -26,7 +25,7 @@ OTHERS = {
 }
 
 
-def adopt(folder: Path, report: Report = lambda fraction, documents, tokens: None) -> Manifest:
+def adopt(folder: Path, report: Report = no_report) -> Manifest:
     """Write a manifest for the .bin shards in ``folder``; each is read once, and ``report`` told of what was read.
 
     The shards of a split are those with ``train`` or ``val`` as a word in their names, in the order of the names. A

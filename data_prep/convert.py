@@ -14,6 +14,7 @@ from data_prep.formats import megatron, nanogpt
 from data_prep.formats.found import ids_manifest
 from data_prep.formats.ids import beginning_documents, ending_documents, read_blocks
 from data_prep.manifest import write_manifest
+from data_prep.progress import Report, no_report
 from data_prep.tokenizer import END_OF_TEXT
 from data_prep.writer import ShardWriter
 from megaresid.data.manifest import MANIFEST_NAME, Counts, Manifest, ShardEntry, Split, load_manifest
@@ -22,7 +23,6 @@ from megaresid.errors import UserError
 
 FORMATS = {"nanogpt": nanogpt, "megatron": megatron}
 Format = Literal["nanogpt", "megatron"]
-Report = Callable[[float, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Converted:
     manifest: Manifest | None
 
 
-def convert(conversion: Conversion, report: Report = lambda fraction, documents, tokens: None) -> Converted:
+def convert(conversion: Conversion, report: Report = no_report) -> Converted:
     """Do ``conversion``, calling ``report(fraction, documents, tokens)`` of what was written.
 
     A data set has <|endoftext|> before each document, the other formats have it after each. A split that begins within

@@ -116,6 +116,8 @@ def open_index(path: Path) -> Index:
     index = Index(idx, DTYPES[code], sequences, entries, path.stat().st_size // DTYPES[code].itemsize)
     _check_sequences(index, path)
     _check_documents(index)
+    if not index.tokens:
+        raise UserError(f"{path}: has no tokens; delete it and its index")
     return index
 
 
@@ -185,8 +187,8 @@ def _check_sequences(index: Index, path: Path) -> None:
         if (bad := np.flatnonzero((lengths < 0) | (starts != pointers))).size:
             wrong = int(bad[0])
             raise UserError(
-                f"{index.path}: sequence {first + wrong} has {lengths[wrong]} tokens from byte {pointers[wrong]}, and the "
-                f"ones before it end at {starts[wrong]}; make the index again"
+                f"{index.path}: sequence {first + wrong} has {lengths[wrong]} tokens from byte {pointers[wrong]}, and "
+                f"the ones before it end at {starts[wrong]}; make the index again"
             )
         byte = int(ends[-1])
     found = path.stat().st_size
