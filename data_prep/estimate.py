@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from data_prep.backends import open_backend
+from data_prep.backends import Backend
+from data_prep.encoding import encode_documents
 from data_prep.job import Job
 from data_prep.parts import DOCUMENT, PartRecord
 from data_prep.progress import duration
-from data_prep.sources.source import Source, Unit, Unreadable
+from data_prep.sources.source import Reader, Source, Unit, Unreadable
 from megaresid.data.shards import TOKEN_BYTES
 from megaresid.errors import UserError
 
@@ -89,14 +90,35 @@ def check_download(source: Source, job: Job) -> None:
             )
 
 
-def estimate(job: Job, source: Source, units: list[Unit], found: Iterable[PartRecord], workers: int) -> Estimate:
-    """What the job will take, going by a sample of the first of ``units``; ``found`` are the parts that are there."""
-    sample = take_sample(job, source, units[0]) if units else Sample()
-    records = list(found)
-    return extrapolate(job, source, sample, records, workers)
+def take_sample(reader: Reader, unit: Unit, backend: Backend, skip_unreadable: bool) -> Sample:
+    """Read and encode the first documents of a unit. Raises UserError as reading does."""
+    source_bytes = documents = text_bytes = encoded_bytes = tokens = 0
+    reading = encoding = 0.0
+    start = time.monotonic()
+    try:
+        for batch in reader.read(unit, Counter()):
+            reading += time.monotonic() - start
+            source_bytes, documents = batch.position, documents + len(batch.documents)
+            text_bytes += sum(map(len, batch.documents))
+            texts = [_beginning(document) for document in batch.documents]
+            start = time.monotonic()
+            tokens += sum(len(encoded.ids) for encoded in encode_documents(backend, texts))
+            encoded_bytes += sum(map(len, texts))
+            encoding += time.monotonic() - start
+            if encoded_bytes >= SAMPLE_BYTES or reading + encoding >= SAMPLE_SECONDS:
+                break
+            start = time.monotonic()
+        else:
+            source_bytes = unit.bytes
+    except Unreadable:
+        if not skip_unreadable:
+            raise
+    return Sample(source_bytes, documents, text_bytes, encoded_bytes, tokens, reading, encoding)
 
 
-def extrapolate(job: Job, source: Source, sample: Sample, found: list[PartRecord], workers: int) -> Estimate:
+def estimate(job: Job, source: Source, sample: Sample, found: Iterable[PartRecord], workers: int) -> Estimate:
+    """What the job will take, if all of its source is like the sample; ``found`` are the parts that are there."""
+
     def ratio(a: float, b: float) -> float:
         return a / b if b else 0.0
 
@@ -124,33 +146,6 @@ def extrapolate(job: Job, source: Source, sample: Sample, found: list[PartRecord
         seconds=left * seconds_per_byte / workers,
         workers=workers,
     )
-
-
-def take_sample(job: Job, source: Source, unit: Unit) -> Sample:
-    """Read and encode the first documents of a unit. Raises UserError as reading does."""
-    backend = open_backend(job.tokenizer_backend, job.vocab_file)
-    source_bytes = documents = text_bytes = encoded_bytes = tokens = 0
-    reading = encoding = 0.0
-    start = time.monotonic()
-    try:
-        for batch in source.reader.read(unit, Counter()):
-            reading += time.monotonic() - start
-            source_bytes, documents = batch.position, documents + len(batch.documents)
-            text_bytes += sum(map(len, batch.documents))
-            texts = [_beginning(document) for document in batch.documents]
-            start = time.monotonic()
-            tokens += len(backend.encode(texts)[0])
-            encoded_bytes += sum(map(len, texts))
-            encoding += time.monotonic() - start
-            if encoded_bytes >= SAMPLE_BYTES or reading + encoding >= SAMPLE_SECONDS:
-                break
-            start = time.monotonic()
-        else:
-            source_bytes = unit.bytes
-    except Unreadable:
-        if not job.skip_unreadable:
-            raise
-    return Sample(source_bytes, documents, text_bytes, encoded_bytes, tokens, reading, encoding)
 
 
 def gigabytes(size: float) -> str:

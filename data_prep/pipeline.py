@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.assemble import Assembler
 from data_prep.content import cut_of, manifest_of
-from data_prep.estimate import check_download, estimate
+from data_prep.estimate import Sample, check_download, estimate, take_sample
 from data_prep.job import Job
 from data_prep.manifest import write_manifest
 from data_prep.plan import PARTS, Plan, check_same, plan_of, write_share
@@ -69,16 +69,18 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         # Workers start while the estimate is made, which takes about as long.
         processes = min(job.workers, 1 + source.bytes * MOST_COMPRESSION // UNIT_BYTES)
         alone = processes == 1 or len(first) < 2
-        makers = Worker(options) if alone else stack.enter_context(Pool(processes, options))
+        pool = None if alone else stack.enter_context(Pool(processes, options))
+        worker = Worker(options)
+        sample = take_sample(source.reader, first[0], worker.backend, job.skip_unreadable) if first else Sample()
         found = found_records(job.out, plan)
-        expected = estimate(job, source, first, found.values(), processes)
+        expected = estimate(job, source, sample, found.values(), 1 if alone else processes)
         expected.check_disk(job.out)
         say(str(expected))
         if job.dry_run:
             return None
         parts = stack.enter_context(held(job.out, plan, job.resume))
         remove_shards(job.out)
-        schedule = Schedule(units, found, makers, source.bytes / job.share.of, job.limit_tokens, report)
+        schedule = Schedule(units, found, pool or worker, source.bytes / job.share.of, job.limit_tokens, report)
         if job.partition:
             write_share(parts, plan, [record.name for record in schedule.records()])
             return None

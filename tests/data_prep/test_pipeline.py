@@ -1,23 +1,37 @@
+"""What a job makes, against the definition, however the work is shared out."""
+
 import dataclasses
 import hashlib
 import json
-import signal
-import struct
-import subprocess
-import sys
+import threading
+from collections import Counter
 
 import pyarrow
 import pytest
+from jobs import (
+    DOCUMENTS,
+    data_set,
+    expected_shards,
+    expected_tokens,
+    job,
+    read_shard,
+    shard_bytes,
+    small_units,
+    write_rows,
+)
 from pyarrow import parquet
 
-from data_prep import pipeline, writer
-from data_prep.__main__ import main
-from data_prep.pipeline import Job, prepare
-from data_prep.tokenizer import gpt2_encoding
+from data_prep import pipeline, schedule, writer
+from data_prep.merge import merge
+from data_prep.pipeline import prepare
+from data_prep.sources.source import Share
 from megaresid.data.manifest import load_manifest
 from megaresid.errors import UserError
 
-DOCUMENTS = [f"Document {n} says {'very ' * (n % 7)}little. {n * n}" for n in range(120)] + ["<|endoftext|>", "日本語"]
+
+@pytest.fixture(autouse=True)
+def units(monkeypatch):
+    small_units(monkeypatch)
 
 
 @pytest.fixture
@@ -25,70 +39,126 @@ def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", DOCUMENTS)
 
 
-def write_rows(path, documents):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
-
-
-def job(rows, out, **options):
-    defaults = dict(source="jsonl", input=(str(rows),), shard_tokens=100, validation_fraction=0.2, workers=1)
-    return Job(out=out, **defaults | options)
-
-
-def read_shard(path):
-    data = path.read_bytes()
-    magic, version, tokens, *rest = struct.unpack("<256i", data[:1024])
-    assert (magic, version, set(rest)) == (20240520, 1, {0})
-    return list(struct.unpack(f"<{tokens}H", data[1024:]))
-
-
-def expected_tokens(documents, fraction):
-    """By definition: each document after 50256, to val where its hash as a fraction of 1 is below the fraction."""
-    encoding, result = gpt2_encoding(), {"train": [], "val": []}
-    for text in documents:
-        position = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
-        result["val" if position < fraction else "train"] += [50256, *encoding.encode_ordinary(text)]
-    return result
-
-
-def shard_bytes(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
-
-
 def test_shards_and_manifest_by_definition(rows, tmp_path):
     out = tmp_path / "made" / "out"
     manifest = prepare(job(rows, out))
     assert load_manifest(out) == manifest
-    written = json.loads((out / "manifest.json").read_text())["content"]
-    names = []
+    shards, written = data_set(out)
+    assert shards == expected_shards(DOCUMENTS) and len(shards) > 20
+    for name, data in shards.items():
+        ids = read_shard(out / name)
+        assert {
+            "name": name,
+            "split": name.split("_")[0],
+            "tokens": len(ids),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "largest_id": max(ids),
+        } in written["shards"]
     for split, tokens in expected_tokens(DOCUMENTS, 0.2).items():
-        parts = [tokens[start : start + 100] for start in range(0, len(tokens), 100)]
-        assert len(parts) > 1
-        for number, part in enumerate(parts):
-            name = f"{split}_{number:06d}.bin"
-            names.append(name)
-            assert read_shard(out / name) == part
-            assert {
-                "name": name,
-                "split": split,
-                "tokens": len(part),
-                "bytes": (out / name).stat().st_size,
-                "sha256": hashlib.sha256((out / name).read_bytes()).hexdigest(),
-                "largest_id": max(part),
-            } in written["shards"]
         assert written["splits"][split] == {"documents": tokens.count(50256), "tokens": len(tokens)}
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "manifest.json"])
     digests = b"".join(hashlib.sha256(text.encode()).digest() for text in DOCUMENTS)
     assert written["source"] == {"kind": "jsonl", "revision": f"sha256:{hashlib.sha256(digests).hexdigest()}"}
-    assert (written["dropped"], written["runs_cut"]) == ({"empty": 0}, 0)
+    assert written["options"] == {"shard_tokens": 100, "validation_fraction": 0.2}
+    assert (written["dropped"], written["runs_cut"]) == ({"empty": 0}, 0) and "limited" not in written
+    provenance = manifest.provenance
+    line = f"{rows} {rows.stat().st_size} {rows.stat().st_mtime_ns}\n"
+    assert provenance.source_files.model_dump() == {
+        "count": 1,
+        "bytes": rows.stat().st_size,
+        "sha256": hashlib.sha256(line.encode()).hexdigest(),
+    }
+    assert (provenance.inputs, provenance.text_column, provenance.workers) == ((str(rows),), "text", 1)
 
 
-def test_workers_and_chunks_change_nothing(rows, tmp_path, monkeypatch):
-    first = prepare(job(rows, tmp_path / "one"))
-    monkeypatch.setattr(pipeline, "CHUNK_DOCUMENTS", 7)
-    again = prepare(job(rows, tmp_path / "two", workers=2))
-    assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
-    assert first.identity == again.identity and again.provenance.workers == 2
+@pytest.mark.parametrize("workers, backend", [(2, "tiktoken"), (3, "auto")])
+def test_workers_and_backends_change_nothing(rows, tmp_path, workers, backend):
+    made_by = set()
+    before = pipeline.Pool
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Pool", lambda *args: made_by.add(args[0]) or before(*args))
+        manifest = prepare(job(rows, tmp_path / "many", workers=workers, tokenizer_backend=backend))
+    assert made_by == {workers} and manifest.provenance.workers == workers
+    prepare(job(rows, tmp_path / "one", tokenizer_backend="tiktoken"))
+    assert data_set(tmp_path / "many") == data_set(tmp_path / "one")
+    assert shard_bytes(tmp_path / "one") == expected_shards(DOCUMENTS)
+
+
+@pytest.mark.full
+def test_sixteen_workers_and_large_units_change_nothing(tmp_path):
+    documents = [text * 50 for text in DOCUMENTS * 8]
+    rows = write_rows(tmp_path / "rows.jsonl", documents)
+    made = [prepare(job(rows, tmp_path / f"{n}", workers=n, shard_tokens=10**5)) for n in (1, 16)]
+    assert data_set(tmp_path / "1") == data_set(tmp_path / "16")
+    assert shard_bytes(tmp_path / "1") == expected_shards(documents, shard_tokens=10**5)
+    assert made[0].identity == made[1].identity
+
+
+@pytest.mark.parametrize("options", [{}, {"deduplicate": True, "limit_tokens": 1500}], ids=["plain", "cut"])
+def test_partitions_joined_are_the_same(tmp_path, options):
+    documents = DOCUMENTS + DOCUMENTS[::3]
+    rows = write_rows(tmp_path / "rows.jsonl", documents)
+    shares = [tmp_path / f"share{number}" for number in (1, 2, 3)]
+    for number, out in enumerate(shares, 1):
+        assert prepare(job(rows, out, partition=Share(number, 3), **options)) is None
+        assert shard_bytes(out) == {} and not (out / "manifest.json").exists()
+        share = json.loads((out / "parts" / "share.json").read_text())
+        assert len(share["parts"]) > 1 and (share["number"], share["of"], share["complete"]) == (number, 3, True)
+    merge(shares[::-1], tmp_path / "joined")
+    prepare(job(rows, tmp_path / "whole", **options))
+    assert data_set(tmp_path / "joined") == data_set(tmp_path / "whole")
+    if not options:
+        assert shard_bytes(tmp_path / "joined") == expected_shards(documents)
+
+
+def test_a_limit_takes_documents_in_order_while_they_fit(rows, tmp_path):
+    kept, tokens = [], 0
+    lengths = [1 + len(ids) for ids in map(encode, DOCUMENTS)]
+    limit = sum(lengths[:50]) + lengths[50] - 1
+    for text, length in zip(DOCUMENTS, lengths, strict=True):
+        if tokens + length > limit:
+            break
+        kept.append(text)
+        tokens += length
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        manifest = prepare(job(rows, out, limit_tokens=limit, workers=workers))
+        assert shard_bytes(out) == expected_shards(kept) and len(kept) == 50
+        assert manifest.content.limited and manifest.content.options.limit_tokens == limit
+        digests = b"".join(hashlib.sha256(text.encode()).digest() for text in kept)
+        assert manifest.content.source.revision == f"sha256:{hashlib.sha256(digests).hexdigest()}"
+
+
+def encode(text):
+    return expected_tokens([text], 0.0)["train"][1:]
+
+
+def test_a_limit_leaves_later_units_alone(rows, tmp_path, monkeypatch):
+    """Neither made, nor a reason to fail: what comes after the end is not looked at."""
+    made = count_parts(monkeypatch)
+    limit = sum(1 + len(encode(text)) for text in DOCUMENTS[:10])
+    prepare(job(rows, tmp_path / "out", limit_tokens=limit))
+    assert made == Counter({"000000-000000": 1})
+
+
+def count_parts(monkeypatch) -> Counter:
+    """How often each part was made in this process."""
+    made, make_part = Counter(), schedule.Worker.make_part
+
+    def counted(worker, unit, report):
+        made[unit.name] += 1
+        return make_part(worker, unit, report)
+
+    monkeypatch.setattr(schedule.Worker, "make_part", counted)
+    return made
+
+
+def test_duplicates_are_left_out_and_counted(tmp_path):
+    documents = [text for text in DOCUMENTS for _ in range(2)] + DOCUMENTS[:30]
+    manifest = prepare(job(write_rows(tmp_path / "rows.jsonl", documents), tmp_path / "out", deduplicate=True))
+    assert shard_bytes(tmp_path / "out") == expected_shards(DOCUMENTS)
+    assert manifest.content.dropped.duplicates == len(documents) - len(DOCUMENTS)
+    data_set(tmp_path / "out")
 
 
 def test_the_same_rows_as_parquet_give_the_same_shards(rows, tmp_path):
@@ -98,6 +168,26 @@ def test_the_same_rows_as_parquet_give_the_same_shards(rows, tmp_path):
     b = prepare(job(table, tmp_path / "b", source="parquet", text_column="body"))
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
     assert a.content.source.revision == b.content.source.revision
+
+
+def test_filters_decide_which_documents_there_are(tmp_path):
+    languages, scores = ["en", "de", "fr"] * 41, [n % 10 / 10 for n in range(123)]
+    columns = {"text": DOCUMENTS + ["one more"], "language": languages, "language_score": scores}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    filters = dict(language="en", minimum_language_score=0.3)
+    manifest = prepare(job(tmp_path / "rows.parquet", tmp_path / "out", source="parquet", **filters))
+    rows = list(zip(*columns.values(), strict=True))
+    kept = [text for text, language, score in rows if language == "en" and score >= 0.3]
+    assert shard_bytes(tmp_path / "out") == expected_shards(kept)
+    dropped = manifest.content.dropped
+    assert dropped.other_language == sum(language != "en" for language in languages)
+    assert dropped.low_score == sum(language == "en" and score < 0.3 for _, language, score in rows)
+    assert manifest.content.options.model_dump(exclude_none=True) == {
+        "shard_tokens": 100,
+        "validation_fraction": 0.2,
+        "language": "en",
+        "minimum_language_score": 0.3,
+    }
 
 
 def test_the_split_of_a_document_does_not_depend_on_the_others(rows, tmp_path):
@@ -113,69 +203,64 @@ def test_the_split_of_a_document_does_not_depend_on_the_others(rows, tmp_path):
     assert strip and strip < {document.strip(",") for document in documents("whole")}
 
 
-def test_empty_documents_and_cut_runs_are_counted(tmp_path):
-    documents = ["", *DOCUMENTS, " \n\t", "x" * 200_000]
-    content = prepare(job(write_rows(tmp_path / "rows.jsonl", documents), tmp_path / "out")).content
-    assert content.dropped.empty == 2 and content.runs_cut == 3
+def test_what_is_left_out_is_counted(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ["", *DOCUMENTS, " \n\t", "x" * 200_000])
+    with open(rows, "ab") as file:
+        file.write(b'{"text": 3}\n{\n{"text": "\xff"}\n')
+    content = prepare(job(rows, tmp_path / "out")).content
+    assert content.dropped.model_dump(exclude_none=True) == {"empty": 2, "bad_rows": 2, "invalid_utf8": 1}
+    assert content.runs_cut == 3
     assert sum(counts.documents for counts in content.splits.values()) == len(DOCUMENTS) + 1
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_row_leaves_nothing_behind(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHUNK_DOCUMENTS", 7)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS) + "{\n")
-    before = []
-    with pytest.raises(UserError, match=r"bad.jsonl:123: not JSON"):
-        prepare(job(bad, tmp_path / "out", workers=workers), report=lambda *_: before.append(len(shards(tmp_path))))
-    assert max(before) > 1 and not (tmp_path / "out").exists()
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="not JSON"):
-        prepare(job(bad, tmp_path / "there"))
-    assert list((tmp_path / "there").iterdir()) == []
-
-
-def shards(tmp_path):
-    return list((tmp_path / "out").glob("*.bin"))
-
-
-def test_a_full_disk_leaves_nothing_behind(rows, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_parts(rows, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(UserError, match="out: No space left on device"):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "fsync", full)
+        with pytest.raises(UserError, match="out.*: No space left on device"):
+            prepare(job(rows, tmp_path / "out"))
+    assert not (tmp_path / "out").exists(), "os.fsync is of no use to parts either: nothing was finished"
+    fail_writes(monkeypatch, after=12)
+    with pytest.raises(UserError, match="No space left on device.*--resume"):
         prepare(job(rows, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert shard_bytes(tmp_path / "out") == {} and list((tmp_path / "out" / "parts").glob("0*.json"))
+    monkeypatch.undo()
 
 
-def test_a_killed_job_leaves_no_data_set(rows, tmp_path):
-    code = (
-        "import os, signal\n"
-        "from data_prep.writer import ShardWriter\n"
-        "from data_prep.__main__ import main\n"
-        "ShardWriter.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"main(['--source', 'jsonl', '--input', {str(rows)!r}, '--out', {str(tmp_path / 'out')!r}, '--workers', '1'])"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert shards(tmp_path)
-    with pytest.raises(UserError, match="not a data set"):
-        load_manifest(tmp_path / "out")
-    with pytest.raises(UserError, match="--out .*not empty"):
-        prepare(job(rows, tmp_path / "out"))
+def fail_writes(monkeypatch, after):
+    """The shards' files take so many ids, and no more."""
+    append = writer.ShardWriter.append
+    count = Counter()
+
+    def limited(self, ids):
+        count["ids"] += 1
+        if count["ids"] > after:
+            raise OSError(28, "No space left on device", str(self.folder))
+        append(self, ids)
+
+    monkeypatch.setattr(writer.ShardWriter, "append", limited)
 
 
 def test_nothing_is_overwritten(rows, tmp_path):
     done = job(rows, tmp_path / "out")
     prepare(done)
     before = shard_bytes(tmp_path / "out")
-    with pytest.raises(UserError, match="--out .*already holds a data set"):
-        prepare(dataclasses.replace(done, validation_fraction=0.3))
+    for again in (done, dataclasses.replace(done, validation_fraction=0.3), dataclasses.replace(done, resume=True)):
+        with pytest.raises(UserError, match="--out .*already holds a data set"):
+            prepare(again)
     assert shard_bytes(tmp_path / "out") == before
     with pytest.raises(UserError, match="rows.jsonl: is a file"):
         prepare(job(rows, rows))
     with pytest.raises(UserError, match="rows.jsonl/below: "):
         prepare(job(rows, rows / "below"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="--out .*full: not empty"):
+            prepare(job(rows, tmp_path / "full", resume=resume))
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
@@ -186,74 +271,42 @@ def test_nothing_is_overwritten(rows, tmp_path):
         (dict(validation_fraction=0.0), "--validation-fraction 0.0: must be between"),
         (dict(validation_fraction=1.0), "--validation-fraction 1.0: must be between"),
         (dict(workers=0), "--workers 0"),
+        (dict(limit_tokens=0), "--limit-tokens 0"),
         (dict(validation_fraction=1e-9), "no document of 122 for the val split; use a larger"),
         (dict(validation_fraction=1 - 1e-9), "no document of 122 for the train split; use a smaller"),
         (dict(input=()), "--input"),
-        (dict(text_column="body"), "no field 'body'"),
+        (dict(text_column="body"), "body"),
     ],
 )
 def test_mistakes_write_nothing(rows, tmp_path, options, says):
     with pytest.raises(UserError, match=says):
-        prepare(job(rows, tmp_path / "out", **options))
-    assert not (tmp_path / "out").exists()
+        prepare(job(rows, tmp_path / "made" / "out", **options))
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=says):
+        prepare(job(rows, tmp_path / "there", **options))
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_no_document_with_text(tmp_path):
-    with pytest.raises(UserError, match="rows.jsonl: no document with text in it"):
+    with pytest.raises(UserError, match=r"rows.jsonl: no document to keep in it \(left out: 2 empty\)"):
         prepare(job(write_rows(tmp_path / "rows.jsonl", ["", "\n"]), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of the command."""
-    try:
-        main([str(argument) for argument in arguments])
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+def test_reports_rise_to_the_end(rows, tmp_path):
+    for workers in (1, 2):
+        reports = []
+        prepare(job(rows, tmp_path / str(workers), workers=workers), lambda *report: reports.append(report))
+        tokens = sum(map(len, expected_tokens(DOCUMENTS, 0.2).values()))
+        assert reports[0] == (0.0, 0, 0) and reports[-1] == (1.0, len(DOCUMENTS), tokens)
+        assert all(0 <= fraction <= 1 for fraction, _, _ in reports)
+        assert any(0 < fraction < 1 and 0 < documents < len(DOCUMENTS) for fraction, documents, _ in reports)
 
 
-def test_the_command_makes_inspects_and_verifies(tmp_path, capsys):
-    out = tmp_path / "docs"
-    assert run(capsys, "--source", "python-docs", "--workers", 1, "--out", out)[0] == 0
-    manifest = load_manifest(out)
-    tokens = sum(counts.tokens for counts in manifest.content.splits.values())
-    assert 400_000 < tokens < 1_500_000
-    assert manifest.content.source.revision.endswith(".".join(map(str, sys.version_info[:3])))
-    code, printed, _ = run(capsys, "inspect", out)
-    assert code == 0
-    assert json.JSONDecoder().raw_decode(printed)[0] == json.loads((out / "manifest.json").read_text())
-    ids = read_shard(out / "train_000000.bin")
-    first = ids[1 : ids.index(50256, 1)][:1000]
-    assert printed.endswith(":\n" + gpt2_encoding().decode(first) + "\n")
-    assert run(capsys, "verify", out)[0] == 0
-    shard = out / "val_000000.bin"
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    code, printed, error = run(capsys, "verify", out)
-    assert (code, printed) == (1, "") and "val_000000.bin: damaged" in error and "train" not in error
-    shard.write_bytes(data[:-2])
-    code, _, error = run(capsys, "verify", out)
-    assert code == 1 and "val_000000.bin: cut short" in error
+def test_workers_end_with_the_job(rows, tmp_path):
+    before = threading.active_count()
+    prepare(job(rows, tmp_path / "out", workers=2))
+    import multiprocessing
 
-
-def test_the_command_reports_mistakes_in_one_line(tmp_path, capsys):
-    for arguments in (
-        ["--source", "text", "--input", tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "out"],
-        ["inspect", tmp_path / "out"],
-        ["verify", tmp_path / "out"],
-    ):
-        code, printed, error = run(capsys, *arguments)
-        assert (code, printed) == (2, "")
-        assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path) in error
-
-
-def test_several_inputs_follow_one_option(tmp_path, capsys):
-    for n in range(40):
-        (tmp_path / f"{n:02d}.txt").write_text(f"Text number {n}.")
-    files = sorted(tmp_path.glob("*.txt"))
-    arguments = ["--source", "text", "--input", *files, "--validation-fraction", "0.3", "--out", tmp_path / "out"]
-    code, printed, _ = run(capsys, *arguments)
-    assert code == 0 and printed.splitlines()[-1].startswith(f"{tmp_path / 'out'}: ")
-    assert load_manifest(tmp_path / "out").provenance.inputs == tuple(map(str, files))
+    assert not multiprocessing.active_children() and threading.active_count() <= before + 1

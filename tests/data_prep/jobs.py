@@ -1,0 +1,69 @@
+"""Small jobs for tests: sources of several units, what must come of them by definition, and what came."""
+
+import functools
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+from data_prep import pipeline, plan, tokenizer
+from data_prep.job import Job
+from data_prep.sources import grouping, jsonl
+
+DOCUMENTS = [f"Document {n} says {'very ' * (n % 7)}little. {n * n}" for n in range(120)] + ["<|endoftext|>", "日本語"]
+UNIT_BYTES = 1500
+
+
+def small_units(monkeypatch) -> None:
+    """Make units of about 20 documents, whose number decides how many processes there are; load the vocabulary once."""
+    for module in (grouping, jsonl, plan, pipeline):
+        monkeypatch.setattr(module, "UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(tokenizer, "_ranks_in_folder", functools.cache(tokenizer._ranks_in_folder))
+
+
+def write_rows(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def job(rows: Path, out: Path, **options) -> Job:
+    defaults = dict(source="jsonl", input=(str(rows),), shard_tokens=100, validation_fraction=0.2, workers=1)
+    return Job(out=out, **defaults | options)
+
+
+def read_shard(path: Path) -> list[int]:
+    data = path.read_bytes()
+    magic, version, tokens, *rest = struct.unpack("<256i", data[:1024])
+    assert (magic, version, set(rest)) == (20240520, 1, {0})
+    return list(struct.unpack(f"<{tokens}H", data[1024:]))
+
+
+def expected_tokens(documents: list[str], fraction: float) -> dict[str, list[int]]:
+    """By definition: each document after 50256, to val where its hash as a fraction of 1 is below the fraction."""
+    encoding, result = tokenizer.gpt2_encoding(), {"train": [], "val": []}
+    for text in documents:
+        position = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+        result["val" if position < fraction else "train"] += [50256, *encoding.encode_ordinary(text)]
+    return result
+
+
+def expected_shards(documents: list[str], fraction: float = 0.2, shard_tokens: int = 100) -> dict[str, bytes]:
+    """The bytes of every shard by definition."""
+    shards = {}
+    for split, tokens in expected_tokens(documents, fraction).items():
+        for number, start in enumerate(range(0, len(tokens), shard_tokens)):
+            part = tokens[start : start + shard_tokens]
+            header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
+            shards[f"{split}_{number:06d}.bin"] = header + struct.pack(f"<{len(part)}H", *part)
+    return shards
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+
+
+def data_set(folder: Path) -> tuple[dict[str, bytes], dict]:
+    """The shards and the manifest's content; there must be nothing else in the folder."""
+    shards = shard_bytes(folder)
+    assert {path.name for path in folder.iterdir()} == {*shards, "manifest.json"}
+    return shards, json.loads((folder / "manifest.json").read_text())["content"]
