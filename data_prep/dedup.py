@@ -11,8 +11,12 @@ from data_prep.writer import disk_errors
 # Runs up to this many digests stay in memory (16 bytes each; all of them together are less than twice this).
 MEMORY_DIGESTS = 2**21
 # Digests that a merge on disk reads from each run at once.
-MERGE_DIGESTS = 2**20
+MERGE_DIGESTS = 2**18
 KEY = np.dtype("<u8")
+# Of a run on disk, every so many first words stay in memory: those between two of them fill a page of the file.
+STRIDE = 512
+# Digests that are looked up between two releases of a run's pages: the system may map 64 KiB for each.
+LOOKUPS = 2**11
 
 
 class SeenDigests:
@@ -68,10 +72,10 @@ class SeenDigests:
             return MemoryRun(merge(a.read(0, len(a)), b.read(0, len(b))))
         self._made += 1
         path = self.folder / f"{self._made:06d}.run"
-        write_merged(path, a, b)
+        index = write_merged(path, a, b)
         for run in (a, b):
             run.delete()
-        return DiskRun(path, len(a) + len(b))
+        return DiskRun(path, index, len(a) + len(b))
 
 
 class MemoryRun:
@@ -85,7 +89,7 @@ class MemoryRun:
 
     def holds(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """bool[n]: which of the digests are in this run; ``first`` uint64[n] is sorted."""
-        places = np.searchsorted(self.digests[0], first)
+        places = self._places(first)
         found = np.zeros(len(first), bool)
         # All whose first word is equal are looked through; of sha256 there is seldom more than one.
         open_ = np.arange(len(first))
@@ -99,6 +103,10 @@ class MemoryRun:
             open_, places = open_[~same], places[~same] + 1
         return found
 
+    def _places(self, first: np.ndarray) -> np.ndarray:
+        """int64[n]: for each word the first place in the run that is not below it."""
+        return np.searchsorted(self.digests[0], first)
+
     def read(self, start: int, end: int) -> np.ndarray:
         return self.digests[:, start:end]
 
@@ -107,19 +115,37 @@ class MemoryRun:
 
 
 class DiskRun(MemoryRun):
-    """The same in a file: the first words of all digests, then the second words."""
+    """The same in a file: the first words of all digests, then the second words.
 
-    def __init__(self, path: Path, length: int):
+    ``index`` uint64 holds every STRIDE-th first word, so that a look-up reads one page.
+    """
+
+    def __init__(self, path: Path, index: np.ndarray, length: int):
         super().__init__(np.memmap(path, KEY, "r", shape=(2, length)))
-        self.path = path
-        # Each look-up needs one page; reading around it would be in vain.
+        self.path, self.index = path, index
+        # Reading around a page would be in vain.
         self.digests._mmap.madvise(mmap.MADV_RANDOM)
 
     def holds(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        found = super().holds(first, second)
-        # The pages stay in the system's cache, but no longer count as this process's memory.
-        self.digests._mmap.madvise(mmap.MADV_DONTNEED)
+        found = np.empty(len(first), bool)
+        for start in range(0, len(first), LOOKUPS):
+            some = slice(start, start + LOOKUPS)
+            found[some] = super().holds(first[some], second[some])
+            # The pages stay in the system's cache, but no longer count as this process's memory.
+            self.digests._mmap.madvise(mmap.MADV_DONTNEED)
         return found
+
+    def _places(self, first: np.ndarray) -> np.ndarray:
+        """Between two words of the index, by halving the range [low, high] for all digests at once."""
+        high = STRIDE * np.searchsorted(self.index, first)
+        low = np.maximum(0, high - (STRIDE - 1))
+        high = np.minimum(high, len(self))
+        while (undecided := np.flatnonzero(low < high)).size:
+            middle = (low[undecided] + high[undecided]) // 2
+            below = self.digests[0][middle] < first[undecided]
+            low[undecided[below]] = middle[below] + 1
+            high[undecided[~below]] = middle[~below]
+        return low
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Read, not mapped: a merge goes through the whole file."""
@@ -141,8 +167,9 @@ def merge(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return merged
 
 
-def write_merged(path: Path, a: MemoryRun, b: MemoryRun) -> None:
-    """Merge two runs into a file, a piece at a time."""
+def write_merged(path: Path, a: MemoryRun, b: MemoryRun) -> np.ndarray:
+    """Merge two runs into a file, a piece at a time; returns the index of the new run."""
+    index = []
     total = len(a) + len(b)
     rest_a = rest_b = np.empty((2, 0), KEY)
     read_a = read_b = written = 0
@@ -156,11 +183,13 @@ def write_merged(path: Path, a: MemoryRun, b: MemoryRun) -> None:
                 np.searchsorted(rest[0], min(unread), "right") if unread else rest.shape[1] for rest in (rest_a, rest_b)
             )
             merged = merge(rest_a[:, :end_a], rest_b[:, :end_b])
+            index.append(merged[0, -written % STRIDE :: STRIDE].copy())
             for row, offset in zip(merged, (written, total + written), strict=True):
                 file.seek(KEY.itemsize * offset)
                 file.write(row)
             written += merged.shape[1]
             rest_a, rest_b = rest_a[:, end_a:], rest_b[:, end_b:]
+    return np.concatenate(index)
 
 
 def filled(run: MemoryRun, rest: np.ndarray, read: int) -> tuple[np.ndarray, int]:

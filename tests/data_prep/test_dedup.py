@@ -37,11 +37,12 @@ def folder(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=150)
-@given(streams, st.sampled_from([0, 3, 2**20]), st.sampled_from([1, 2, 7]))
-def test_the_first_of_each_is_new(folder, batches, in_memory, at_once):
+@given(streams, st.sampled_from([0, 3, 2**20]), st.sampled_from([1, 2, 7]), st.sampled_from([1, 2, 5]))
+def test_the_first_of_each_is_new(folder, batches, in_memory, at_once, stride):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "MEMORY_DIGESTS", in_memory)
         patch.setattr(dedup, "MERGE_DIGESTS", at_once)
+        patch.setattr(dedup, "STRIDE", stride)
         seen = SeenDigests(folder)
         answers = [seen.add(as_array(batch)).tolist() for batch in batches]
         assert answers == first_of_each(batches)
@@ -53,6 +54,7 @@ def test_the_first_of_each_is_new(folder, batches, in_memory, at_once):
 def test_many_digests_in_runs_on_disk(folder, monkeypatch):
     monkeypatch.setattr(dedup, "MEMORY_DIGESTS", 1000)
     monkeypatch.setattr(dedup, "MERGE_DIGESTS", 300)
+    monkeypatch.setattr(dedup, "LOOKUPS", 100)
     random = np.random.default_rng(0)
     batches = []
     for number in range(60):
