@@ -75,7 +75,7 @@ class Assembler:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._seen:
+        if self._seen is not None:
             self._seen.close()
         if not self._finished:
             for writer in self._writers.values():
@@ -127,7 +127,7 @@ class Assembler:
 
     def _add_block(self, digests: np.ndarray, lengths: np.ndarray, ids: np.ndarray) -> None:
         """Digests big-endian uint64[m, 4] and lengths int64[m] of the documents, ids uint16[sum of the lengths]."""
-        taken = self._seen.add(digests) if self._seen else np.ones(len(digests), bool)
+        taken = self._seen.add(digests) if self._seen is not None else np.ones(len(digests), bool)
         if self.cut.limit_tokens is not None:
             totals = self.tokens + np.cumsum(lengths * taken)
             over = np.flatnonzero(taken & (totals > self.cut.limit_tokens))

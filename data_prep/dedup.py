@@ -58,9 +58,6 @@ class SeenDigests:
         self._runs.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __len__(self) -> int:
-        return sum(len(run) for run in self._runs)
-
     def _push(self, run: "MemoryRun | DiskRun") -> None:
         self._runs.append(run)
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
