@@ -10,8 +10,9 @@ from typing import BinaryIO
 from pydantic_core import from_json
 
 from data_prep.sources.batches import in_batches
-from data_prep.sources.checked import Filters, check_bad_rows, check_columns, is_utf8, not_text
+from data_prep.sources.checked import Filters, check_bad_rows, check_columns, is_utf8, not_text, refusal
 from data_prep.sources.find_files import find_files
+from data_prep.sources.long_line import fields
 from data_prep.sources.source import (
     MOST_BYTES,
     UNIT_BYTES,
@@ -28,6 +29,8 @@ from data_prep.sources.streams import COMPRESSED, open_stream
 from megaresid.errors import UserError
 
 SKIP_BYTES = 2**20
+# As objects, a line of this size fills up to 200 MB.
+LONG_BYTES = 8 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MISSING = object()
 # An escaped backslash and a whole pair are passed over; the group is half a pair.
@@ -56,15 +59,19 @@ class JsonReader(Reader):
         before = rows = 0
         dropped: Tally = Counter()
         for segment in unit.segments:
-            first_row = segment.first == 0
+            first = segment.first == 0
             with open_stream(segment.path, segment.name) as (stream, file):
                 for line in lines(stream, segment):
-                    document = self._document(line, segment.name if first_row else None)
-                    del line
                     rows += 1
-                    first_row = False
-                    if isinstance(document, str):
-                        dropped[document] += 1
+                    row, reason = self._row(line)
+                    if first and reason is None and len(line) < LONG_BYTES:
+                        self._check_first(row, segment.name)
+                        first = False
+                    del line
+                    document, reason = (None, reason) if reason else self._document(row)
+                    del row
+                    if reason:
+                        dropped[reason] += 1
                     else:
                         yield document, min(before + file.tell() - segment.first, unit.bytes)
                     del document
@@ -72,25 +79,30 @@ class JsonReader(Reader):
         tally.update(dropped)
         check_bad_rows(unit, rows, dropped)
 
-    def _document(self, line: bytes | None, first_of: str | None) -> bytes | str:
-        """The document in a line, or why there is none; ``first_of`` names the file of which it is the first row."""
+    def _row(self, line: bytes | None) -> tuple[object, str | None]:
+        """The value of a line, or why it is left out."""
         if line is None:
-            return "too_long"
+            return None, "too_long"
         try:
-            row = parse(line)
+            if len(line) < LONG_BYTES:
+                return parse(line), None
+            return fields(line, self.column, self.filters.options, parse), None
         except ValueError:
-            return "bad_rows" if is_utf8(line) else "invalid_utf8"
-        if first_of is not None:
-            self._check_first(row, first_of)
-        if not isinstance(row, dict) or not isinstance(text := row.get(self.column, MISSING), str | None):
-            return "bad_rows"
+            return None, "bad_rows" if is_utf8(line) else "invalid_utf8"
+
+    def _document(self, row: object) -> tuple[bytes | None, str | None]:
+        """The document in a row, or why it is left out."""
+        text = row.get(self.column, MISSING) if isinstance(row, dict) else MISSING
+        if not isinstance(text, str | bytes | None):
+            return None, "bad_rows"
         if reason := self.filters.reason(row):
-            return reason
+            return None, reason
+        # A str is valid, so it is quickly checked; from a long line come bytes.
+        if isinstance(text, bytes):
+            return text, refusal(text)
         if not text or text.isspace():
-            return "empty"
-        del row
-        document = text.encode()
-        return document if len(document) <= MOST_BYTES else "too_long"
+            return None, "empty"
+        return text.encode(), None
 
     def _check_first(self, row: object, name: str) -> None:
         if not isinstance(row, dict):
@@ -124,9 +136,9 @@ def lines(stream: BinaryIO, segment: Segment) -> Iterator[bytes | None]:
             raise Unreadable(segment.name, "shorter than when it was listed")
         if not line:
             return
-        if position == 0:
+        start, position = position, position + len(line)
+        if start == 0:
             line = line.removeprefix(BYTE_ORDER_MARK)
-        position += len(line)
         if len(line) > MOST_BYTES and not line.endswith(b"\n"):
             position += _skip_line(stream, last - position if last else None)
             yield None

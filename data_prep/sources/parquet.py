@@ -50,7 +50,7 @@ class ParquetReader(Reader):
     def cut(self, file: File, path: Path) -> Iterator[tuple[Segment, int]]:
         try:
             with open_table(path, file.name) as table:
-                sizes = text_sizes(table, self.column)
+                sizes = text_sizes(table, self.column, range(table.num_row_groups))
         except UserError:
             # Reading it says what is wrong with it, and --skip-unreadable acts there.
             sizes = []
@@ -104,9 +104,8 @@ class ParquetReader(Reader):
 
     def _batches(self, table: parquet.ParquetFile, groups: range) -> Iterator[pyarrow.RecordBatch]:
         """The rows of the groups, some at a time: about BATCH_BYTES of text by the mean of their group."""
-        sizes = text_sizes(table, self.column)
-        for group in groups:
-            mean = max(sizes[group] // max(table.metadata.row_group(group).num_rows, 1), 1)
+        for group, size in zip(groups, text_sizes(table, self.column, groups), strict=True):
+            mean = max(size // max(table.metadata.row_group(group).num_rows, 1), 1)
             yield from table.iter_batches(
                 batch_size=min(max(BATCH_BYTES // mean, 1), BATCH_ROWS),
                 row_groups=[group],
@@ -151,16 +150,16 @@ def open_table(path: Path, name: str) -> Iterator[parquet.ParquetFile]:
         raise Unreadable(name, error.strerror if isinstance(error, OSError) and error.strerror else error) from None
 
 
-def text_sizes(table: parquet.ParquetFile, column: str) -> list[int]:
-    """The uncompressed bytes of a column in each row group; UserError where there is no such column."""
-    groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+def text_sizes(table: parquet.ParquetFile, column: str, groups: range) -> list[int]:
+    """The uncompressed bytes of a column in each of the row groups; UserError where there is no such column."""
     if not groups:
         return []
-    paths = [groups[0].column(leaf).path_in_schema for leaf in range(groups[0].num_columns)]
+    first = table.metadata.row_group(groups[0])
+    paths = [first.column(leaf).path_in_schema for leaf in range(first.num_columns)]
     if column not in paths:
         raise UserError(f"no column {column!r}")
     leaf = paths.index(column)
-    return [group.column(leaf).total_uncompressed_size for group in groups]
+    return [table.metadata.row_group(group).column(leaf).total_uncompressed_size for group in groups]
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
@@ -173,9 +172,7 @@ def texts_of(column: pyarrow.Array) -> Iterator[bytes | memoryview]:
     """The values of a column as bytes, null as none, straight from its buffers: no str is made. What is too long to be
     a document comes as a view, not copied."""
     if pyarrow.types.is_dictionary(column.type):
-        values = list(texts_of(column.dictionary))
-        yield from (b"" if index is None else values[index] for index in column.indices.to_pylist())
-        return
+        column = column.dictionary_decode()
     if column.type not in WIDTHS:
         column = column.cast(pyarrow.large_binary())
     width = WIDTHS[column.type]

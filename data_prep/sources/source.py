@@ -17,7 +17,7 @@ MOST_BYTES = 128 * 2**20
 UNIT_BYTES = 32 * 2**20
 # About this much text, and at most so many rows, make a batch.
 BATCH_BYTES = 2**20
-BATCH_ROWS = 4096
+BATCH_ROWS = 512
 
 # Why documents are left out; data_prep.sources.checked says when. "unreadable" counts units, the others documents.
 DROPPED = ("empty", "bad_rows", "invalid_utf8", "too_long", "other_language", "low_score", "unreadable")
