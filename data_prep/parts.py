@@ -127,7 +127,8 @@ class PartWriter:
         self._block_tokens = self._crc32 = 0
 
     def _end_block(self) -> None:
-        rows = np.concatenate(self._rows)
+        # Without its dtype the result would be in native byte order.
+        rows = np.concatenate(self._rows, dtype=DOCUMENT)
         _write(self._docs, rows)
         crc32 = zlib.crc32(rows.view(np.uint8), self._crc32)
         self._blocks.append(Block(documents=len(rows), tokens=self._block_tokens, crc32=crc32))
