@@ -6,6 +6,8 @@ import json
 import struct
 from pathlib import Path
 
+import tiktoken
+
 from data_prep import pipeline, plan, tokenizer
 from data_prep.job import Job
 from data_prep.sources import grouping, jsonl
@@ -38,9 +40,14 @@ def read_shard(path: Path) -> list[int]:
     return list(struct.unpack(f"<{tokens}H", data[1024:]))
 
 
+@functools.cache
+def gpt2() -> tiktoken.Encoding:
+    return tokenizer.gpt2_encoding()
+
+
 def expected_tokens(documents: list[str], fraction: float) -> dict[str, list[int]]:
     """By definition: each document after 50256, to val where its hash as a fraction of 1 is below the fraction."""
-    encoding, result = tokenizer.gpt2_encoding(), {"train": [], "val": []}
+    encoding, result = gpt2(), {"train": [], "val": []}
     for text in documents:
         position = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
         result["val" if position < fraction else "train"] += [50256, *encoding.encode_ordinary(text)]
