@@ -131,7 +131,7 @@ def read(path: Path, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
     ends = _document_ends(index)
     position, pending = 0, np.empty(0, POINTER)
     for block in read_raw_ids(path, index.dtype, advance):
-        while not len(pending) or pending[-1] <= position + len(block):
+        while not len(pending) or pending[-1] < position + len(block):
             more = next(ends, None)
             if more is None:
                 break

@@ -38,7 +38,9 @@ def files(folder):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
 
 
-def test_manifest_by_definition(folder):
+@pytest.mark.parametrize("block", [2, 2**21])
+def test_manifest_by_definition(folder, block, monkeypatch):
+    monkeypatch.setattr(ids, "BLOCK_IDS", block)
     before = files(folder)
     manifest = adopt(folder)
     assert load_manifest(folder) == manifest

@@ -237,13 +237,14 @@ def patched(block, at_once):
 def test_several_megatron_files_of_a_split_follow_by_name(tmp_path, blocks):
     folder = tmp_path / "theirs"
     folder.mkdir()
-    for name, documents in ("b_train", [[3]]), ("a_train", [[1], [2]]), ("c_val", [[4]]):
-        write_megatron(folder / name, [[document] for document in documents], append_eod=name != "a_train")
-    convert(Conversion(folder, tmp_path / "out", origin="megatron"))
+    for name, documents in ("c_train", [[3]]), ("b_train", [[1], [2]]), ("a_val", [[4]]):
+        write_megatron(folder / name, [[document] for document in documents], append_eod=name != "b_train")
+    done = convert(Conversion(folder, tmp_path / "out", origin="megatron"))
     assert {s: documents_beginning(t) for s, t in tokens_of(tmp_path / "out").items()} == {
         "train": [[1], [2], [3]],
         "val": [[4]],
     }
+    assert [shard.split for shard in done.manifest.content.shards] == ["train", "val"]
 
 
 def test_a_split_that_begins_within_a_document(tmp_path, blocks):
