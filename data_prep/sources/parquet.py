@@ -147,7 +147,7 @@ def open_table(path: Path, name: str) -> Iterator[parquet.ParquetFile]:
         ) as table:
             yield table
     except (pyarrow.ArrowException, OSError) as error:
-        raise Unreadable(name, error.strerror if isinstance(error, OSError) and error.strerror else error) from None
+        raise Unreadable(name, error) from None
 
 
 def text_sizes(table: parquet.ParquetFile, column: str, groups: range) -> list[int]:

@@ -4,6 +4,7 @@ A document is its text in valid UTF-8, as bytes. Its order in the data set is th
 in which it is read: nothing of it depends on workers or shares.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ Tally = Counter[str]
 class Unreadable(UserError):
     """A file that cannot be read, in whole or from some place on: what --skip-unreadable passes over."""
 
-    def __init__(self, name: str, what: object):
-        first, *_ = str(what).splitlines() or [type(what).__name__]
+    def __init__(self, name: str, what: str | BaseException):
+        if isinstance(what, OSError) and what.errno:
+            what = os.strerror(what.errno)
+        first = next(iter(str(what).splitlines()), type(what).__name__)
         super().__init__(f"{name}: cannot be read ({first}); get a good copy, leave it out, or use --skip-unreadable")
-        self.name, self.what = name, what
+        self.name, self.what = name, first
 
     def __reduce__(self):
-        return type(self), (self.name, str(self.what))
+        return type(self), (self.name, self.what)
 
 
 @dataclass(frozen=True)

@@ -30,4 +30,4 @@ def open_stream(path: Path, name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             else:
                 yield raw, raw
     except (OSError, EOFError, zlib.error) as error:
-        raise Unreadable(name, error.strerror if isinstance(error, OSError) and error.strerror else error) from None
+        raise Unreadable(name, error) from None
