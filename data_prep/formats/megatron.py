@@ -214,7 +214,7 @@ def _document_ends(index: Index) -> Iterator[np.ndarray]:
     """int64[n] positions in tokens, n > 0, where documents with tokens end, rising."""
     before = 0
     for first in range(1, index.entries, AT_ONCE):
-        sequences = np.unique(index.documents(first, min(first + AT_ONCE, index.entries)))
+        sequences = index.documents(first, min(first + AT_ONCE, index.entries))
         while len(sequences):
             # Sequences of a document may be many: the table is read in runs of at most AT_ONCE.
             start = int(sequences[0])
@@ -222,7 +222,7 @@ def _document_ends(index: Index) -> Iterator[np.ndarray]:
             run, sequences = sequences[:count], sequences[count:]
             pointers = index.pointers(start, min(start + AT_ONCE, index.sequences))
             ends = np.append(pointers // index.dtype.itemsize, index.tokens)[run - start]
-            ends = np.unique(ends[ends > before])
+            ends = ends[np.diff(ends, prepend=before) > 0]
             if len(ends):
                 before = int(ends[-1])
                 yield ends
