@@ -14,6 +14,7 @@ from pyarrow import parquet
 from data_prep.sources.batches import in_batches
 from data_prep.sources.checked import Filters, check_bad_rows, check_columns, not_text, refusal
 from data_prep.sources.find_files import find_files
+from data_prep.sources.pages import page_sizes
 from data_prep.sources.source import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -31,6 +32,11 @@ from data_prep.sources.source import (
 from megaresid.errors import UserError
 
 BUFFER_BYTES = 2**20
+# Reading a page takes up to four times its size: as it is stored, uncompressed, as an array, and as documents.
+MOST_PAGE_BYTES = 192 * 2**20
+MOST_AT_ONCE = 256 * 2**20
+# Row groups with less text are not worth a look at their pages.
+SMALL_BYTES = 2**20
 # The width of the offsets in each type that holds text.
 WIDTHS = {
     pyarrow.string(): np.int32,
@@ -50,8 +56,9 @@ class ParquetReader(Reader):
     def cut(self, file: File, path: Path) -> Iterator[tuple[Segment, int]]:
         try:
             with open_table(path, file.name) as table:
-                sizes = text_sizes(table, self.column, range(table.num_row_groups))
-        except UserError:
+                chunks = chunks_of(table, self.column, range(table.num_row_groups))
+                sizes = [chunk.total_uncompressed_size for chunk in chunks]
+        except Unreadable:
             # Reading it says what is wrong with it, and --skip-unreadable acts there.
             sizes = []
         total = sum(sizes)
@@ -79,7 +86,7 @@ class ParquetReader(Reader):
                 groups = range(segment.first, segment.last or table.num_row_groups)
                 size = unit.bytes if len(unit.segments) == 1 else segment.path.stat().st_size
                 expected, read = sum(table.metadata.row_group(group).num_rows for group in groups), 0
-                for batch in self._batches(table, groups):
+                for batch in self._batches(table, segment.path, groups):
                     read += len(batch)
                     position = min(before + size * read // expected, unit.bytes)
                     for text in self._wanted(batch, dropped):
@@ -102,12 +109,11 @@ class ParquetReader(Reader):
         if not is_text(found := schema.field(self.column).type):
             raise not_text(name, self.column, str(found))
 
-    def _batches(self, table: parquet.ParquetFile, groups: range) -> Iterator[pyarrow.RecordBatch]:
+    def _batches(self, table: parquet.ParquetFile, path: Path, groups: range) -> Iterator[pyarrow.RecordBatch]:
         """The rows of the groups, some at a time: about BATCH_BYTES of text by the mean of their group."""
-        for group, size in zip(groups, text_sizes(table, self.column, groups), strict=True):
-            mean = max(size // max(table.metadata.row_group(group).num_rows, 1), 1)
+        for group, chunk in zip(groups, chunks_of(table, self.column, groups), strict=True):
             yield from table.iter_batches(
-                batch_size=min(max(BATCH_BYTES // mean, 1), BATCH_ROWS),
+                batch_size=rows_at_once(chunk, path),
                 row_groups=[group],
                 columns=[self.column, *self.filters.options],
                 use_threads=False,
@@ -150,16 +156,32 @@ def open_table(path: Path, name: str) -> Iterator[parquet.ParquetFile]:
         raise Unreadable(name, error) from None
 
 
-def text_sizes(table: parquet.ParquetFile, column: str, groups: range) -> list[int]:
-    """The uncompressed bytes of a column in each of the row groups; UserError where there is no such column."""
-    if not groups:
-        return []
-    first = table.metadata.row_group(groups[0])
-    paths = [first.column(leaf).path_in_schema for leaf in range(first.num_columns)]
-    if column not in paths:
-        raise UserError(f"no column {column!r}")
-    leaf = paths.index(column)
-    return [table.metadata.row_group(group).column(leaf).total_uncompressed_size for group in groups]
+def chunks_of(table: parquet.ParquetFile, column: str, groups: range) -> Iterator[parquet.ColumnChunkMetaData]:
+    """What the footer says of a column in the row groups, nothing where it has no such column."""
+    leaves = [leaf for leaf in range(len(table.schema)) if table.schema.column(leaf).path == column]
+    for group in groups if leaves else ():
+        yield table.metadata.row_group(group).column(leaves[0])
+
+
+def rows_at_once(chunk: parquet.ColumnChunkMetaData, path: Path) -> int:
+    """How many rows of a row group are BATCH_BYTES of text by the mean, and MOST_AT_ONCE at the very most.
+
+    A row lies in one page, and can have no more bytes than its page and the dictionary's, however they are encoded.
+    Raises OSError for a page larger than MOST_PAGE_BYTES.
+    """
+    mean = max(chunk.total_uncompressed_size // max(chunk.num_values, 1), 1)
+    largest = chunk.total_uncompressed_size
+    if largest > SMALL_BYTES:
+        start = chunk.data_page_offset
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+            start = min(start, chunk.dictionary_page_offset)
+        with open(path, "rb", buffering=512) as file:
+            largest = max(page_sizes(file, start, start + chunk.total_compressed_size), default=0)
+    if largest > MOST_PAGE_BYTES:
+        raise OSError(
+            f"a page of {largest:,} bytes, too large for the memory of a worker; write the file with smaller pages"
+        )
+    return max(min(BATCH_BYTES // mean, MOST_AT_ONCE // max(largest, 1), BATCH_ROWS), 1)
 
 
 def is_text(kind: pyarrow.DataType) -> bool:

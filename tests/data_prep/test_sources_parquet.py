@@ -1,3 +1,4 @@
+import io
 import random
 from collections import Counter
 
@@ -8,7 +9,8 @@ from reading import read, read_unit, source_of
 
 from data_prep.sources import batches, parquet
 from data_prep.sources.checked import Filters
-from data_prep.sources.parquet import ParquetReader, texts_of
+from data_prep.sources.pages import page_sizes
+from data_prep.sources.parquet import ParquetReader, rows_at_once, texts_of
 from data_prep.sources.source import Segment, Share, Tally, Unit, Unreadable
 from megaresid.errors import UserError
 
@@ -192,6 +194,88 @@ def test_batches_have_about_as_many_bytes(tmp_path, monkeypatch):
     assert found[-1].position == unit.bytes and len({batch.position for batch in found}) > len(found) // 2
 
 
+def pages_of(path):
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    with open(path, "rb") as file:
+        return list(page_sizes(file, start, start + chunk.total_compressed_size))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_sizes_of_pages(tmp_path, compression, version, checksum):
+    """A plain page of a column without nulls is each value after the four bytes of its length."""
+    path, options = tmp_path / "a.parquet", dict(compression=compression, write_page_checksum=checksum)
+    schema = pyarrow.schema([pyarrow.field("text", pyarrow.string(), nullable=False)])
+    values = [chr(97 + n % 26) * (n % 50) for n in range(1000)]
+    table = pyarrow.table({"text": values}, schema=schema)
+    options |= dict(data_page_version=version, write_batch_size=100, data_page_size=1, write_page_index=checksum)
+    pq.write_table(table, path, use_dictionary=False, **options)
+    hundreds = [values[start : start + 100] for start in range(0, 1000, 100)]
+    assert pages_of(path) == [sum(4 + len(value) for value in hundred) for hundred in hundreds]
+    pq.write_table(pyarrow.table({"text": ["abc", "de"] * 500}, schema=schema), path, **options)
+    dictionary, *others = pages_of(path)
+    assert dictionary == 4 + 3 + 4 + 2 and len(others) == 10
+
+
+def test_headers_of_pages_by_hand():
+    """Fields of all types of the compact protocol, some by long ids, around the two that count."""
+    fields = [
+        "15 06",  # 1: i32 3
+        "15 d00f",  # 2: i32 1000, the uncompressed size
+        "15 14",  # 3: i32 10, the size as stored
+        "18 03 616263",  # 4: binary abc
+        "1c 15ff01 15d80f 11 00",  # 5: a struct of two i32 and a true
+        "19 25 02 04",  # 6: a list of two i32
+        "1a f1 10 01020102010201020102010201020102",  # 7: a set of sixteen booleans
+        "1b 02 58 02 01 78 04 00",  # 8: a map of two, i32 to binary
+        "1b 00",  # 9: an empty map
+        "17 15d80f15d80f15d8",  # 10: double
+        "13 7f",  # 11: i8
+        "1d 15d80f15d80f15d80f15d80f15d80f15",  # 12: uuid
+        "04 a001 0a",  # 80, by its own id: i16
+        "00",
+    ]
+    head = bytes.fromhex("".join(fields))
+    data = head + bytes(10) + bytes.fromhex("1500" "1508" "1500" "00")
+    assert list(page_sizes(io.BytesIO(b"PAR1" + data), 4, 4 + len(data))) == [1000, 4]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x15", b"\x00", b"\x15\x00\x00", b"\x1c" * 100, b"\x15" + b"\xff" * 12, b"\x1f\x00", b"\x19\xff" * 50],
+)
+def test_damaged_headers_of_pages(data):
+    with pytest.raises(OSError, match="header of a page is"):
+        list(page_sizes(io.BytesIO(data), 0, 1000))
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_page_larger_than_memory_is_unreadable(tmp_path, monkeypatch, dictionary):
+    path = write(tmp_path / "a.parquet", [{"text": "x" * 500}, {"text": "y" * 500}], use_dictionary=dictionary)
+    monkeypatch.setattr(parquet, "SMALL_BYTES", 100)
+    monkeypatch.setattr(parquet, "MOST_PAGE_BYTES", 1100)
+    assert read("parquet", path)[0] == ["x" * 500, "y" * 500]
+    monkeypatch.setattr(parquet, "MOST_PAGE_BYTES", 1000)
+    with pytest.raises(Unreadable, match="a.parquet: cannot be read .a page of 1,0.. bytes, too large"):
+        read("parquet", path)
+
+
+def test_rows_at_once_are_bounded_by_the_largest_page(tmp_path, monkeypatch):
+    """Many rows can be one long entry of the dictionary, which the mean of their sizes does not show."""
+    path = write(tmp_path / "a.parquet", [{"text": "x" * 1000}] * 400, write_statistics=False)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    assert chunk.total_uncompressed_size < 1100
+    monkeypatch.setattr(parquet, "MOST_AT_ONCE", 10_040)
+    for small in (0, 10**6):
+        monkeypatch.setattr(parquet, "SMALL_BYTES", small)
+        assert rows_at_once(chunk, path) in (9, 10)
+        assert read("parquet", path)[0] == ["x" * 1000] * 400
+    monkeypatch.setattr(parquet, "MOST_AT_ONCE", 500)
+    assert rows_at_once(chunk, path) == 1
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return write(tmp_path_factory.mktemp("whole") / "whole.parquet", list(fineweb(1000)), write_page_checksum=True)
@@ -237,7 +321,7 @@ def test_every_flipped_byte_is_seen_or_harmless(tmp_path, whole):
 
 
 def test_a_file_with_other_rows_than_its_footer_says_is_unreadable(tmp_path, whole, monkeypatch):
-    def without_the_first(self, table, groups):
+    def without_the_first(self, table, path, groups):
         yield from table.read_row_group(0).slice(1).to_batches()
 
     monkeypatch.setattr(ParquetReader, "_batches", without_the_first)
