@@ -1,12 +1,16 @@
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 from other_projects import END_OF_TEXT, shard_bytes
 
+from data_prep.__main__ import main
 from data_prep.adopt import adopt
 from data_prep.formats import ids
 from data_prep.manifest import verify_shards
@@ -196,3 +200,22 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
     adopt(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < tokens.nbytes / 2
     tracemalloc.stop()
+
+
+@pytest.mark.full
+def test_a_training_run_on_adopted_shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard, tokens in ("train_000001", 3000), ("train_000002", 2000), ("val_000000", 1500):
+        ids = [END_OF_TEXT if n % 90 == 0 else n % 77 for n in range(tokens)]
+        (folder / f"fineweb_{shard}.bin").write_bytes(shard_bytes(ids))
+    main(["adopt", str(folder)])
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}))
+    command = [sys.executable, "-m", "megaresid.train", "--deepspeed_config", str(tmp_path / "ds.json")]
+    command += ["--data", str(folder), "--run-dir", str(tmp_path / "run"), "--steps", "4", "--validation-interval", "2"]
+    command += "--model tiny --layers 2 --width 32 --context 32 --global-batch-size 4 --micro-batch-size 4".split()
+    command += "--log-interval 1".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "TRAIN_METRICS: step=4, train_loss=" in done.stdout

@@ -24,6 +24,7 @@ from other_projects import (
     write_megatron,
 )
 
+from data_prep.__main__ import main
 from data_prep.adopt import adopt
 from data_prep.convert import Conversion, convert
 from data_prep.formats import ids, megatron
@@ -275,6 +276,19 @@ def test_reports_how_far_it_is(data, tmp_path, monkeypatch):
         convert(conversion, lambda *report: reports.append(report))
         assert reports == sorted(reports) and reports[0][0] < 0.5 and reports[-1][0] == 1.0
         assert reports[-1][1] in (5, 6)
+
+
+def test_the_command(data, tmp_path, capsys):
+    there, back = str(tmp_path / "there"), tmp_path / "back"
+    main(["convert", str(data), "--to", "megatron", "--out", there])
+    assert "train: 4 documents, 16 tokens\nval: 2 documents, 5 tokens\n" in capsys.readouterr().out
+    main(["convert", there, "--from", "megatron", "--out", str(back), "--shard-tokens", "5"])
+    said = capsys.readouterr().out
+    assert "train: 4 documents, 16 tokens, 4 shard(s)\nval: 2 documents, 5 tokens, 1 shard(s)\n" in said
+    assert contents(back) == contents(data)
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(data), "--from", "nanogpt", "--out", str(tmp_path / "c")])
+    assert end.value.code == 2 and "no train.bin or val.bin in it" in capsys.readouterr().err
 
 
 def test_the_options_as_typed():
