@@ -15,8 +15,10 @@ from megaresid.errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-# Micro-batches held ready: enough to hide a slow read, few enough to cost no memory.
+# Groups of micro-batches held ready: enough to hide a slow read, few enough to cost no memory.
 AHEAD = 4
+# Micro-batches are read and handed over together up to so many tokens: each hand-over wakes a thread.
+TOKENS_AT_ONCE = 2**17
 # Samples that are permuted in one go: numpy's cost per call is spread over them.
 PERMUTED_AT_ONCE = 1024
 
@@ -71,23 +73,36 @@ class Loader:
         device = torch.cuda.current_device() if pin else None
         sizes = {"global_batch": global_batch, "ranks": ranks, "micro_batch": micro_batch}
         steps_at_once = max(1, PERMUTED_AT_ONCE // (accumulation * micro_batch))
+        at_once = max(1, TOKENS_AT_ONCE // (micro_batch * context))
+
+        def read(windows: np.ndarray) -> list[Batch]:
+            """The micro-batches of int64[groups, micro_batch] windows."""
+            batch = read_batch(stream, windows.reshape(-1), context, vocab_size)
+            batch = [tensor.pin_memory() for tensor in batch] if pin else batch
+            return list(zip(*(tensor.split(micro_batch) for tensor in batch), strict=True))
 
         # The thread must not hold this object, or dropping the last reference to it would never end the thread.
-        def batches() -> Iterator[Batch]:
+        def groups() -> Iterator[list[Batch]]:
             if pin:
                 torch.cuda.set_device(device)
             for block in range(first_step, last_step, steps_at_once):
                 steps = range(block, min(block + steps_at_once, last_step))
                 samples = [sample_indices(step, a, rank, **sizes) for step in steps for a in range(accumulation)]
-                for windows in sampler.window_of(np.stack(samples)):
-                    batch = read_batch(stream, windows, context, vocab_size)
-                    yield tuple(tensor.pin_memory() for tensor in batch) if pin else batch
+                windows = sampler.window_of(np.stack(samples))
+                for first in range(0, len(windows), at_once):
+                    group = windows[first : first + at_once]
+                    try:
+                        yield read(group)
+                    except UserError:
+                        # Those before the one that cannot be read come as if nothing were wrong.
+                        yield from (read(group[row : row + 1]) for row in range(len(group)))
 
         self._ready: queue.Queue = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(
-            target=_read_ahead, args=(batches(), self._ready, self._stop), name="loader", daemon=True
+            target=_read_ahead, args=(groups(), self._ready, self._stop), name="loader", daemon=True
         )
+        self._group: Iterator[Batch] = iter(())
         self._finished = False
         weakref.finalize(self, self._stop.set)
         self._thread.start()
@@ -98,11 +113,14 @@ class Loader:
     def __next__(self) -> Batch:
         if self._finished:
             raise StopIteration
+        for batch in self._group:
+            return batch
         item = self._ready.get()
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        self._group = iter(item)
+        return next(self._group)
 
     def close(self) -> None:
         """End the thread; what it has read ahead is dropped."""
@@ -117,11 +135,11 @@ class Loader:
         self.close()
 
 
-def _read_ahead(batches: Iterator[Batch], ready: queue.Queue, stop: threading.Event) -> None:
-    """Put every batch, then the exception that ended them: StopIteration at the end of the data."""
+def _read_ahead(groups: Iterator[list[Batch]], ready: queue.Queue, stop: threading.Event) -> None:
+    """Put every group, then the exception that ended them: StopIteration at the end of the data."""
     while not stop.is_set():
         try:
-            item = next(batches)
+            item = next(groups)
         except BaseException as error:
             item = error
         while not stop.is_set():

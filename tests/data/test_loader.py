@@ -1,11 +1,12 @@
 import gc
-import time
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from megaresid.data.loader import Loader
+from megaresid.data import loader as loader_module
+from megaresid.data.loader import Loader, read_batch
 from megaresid.data.manifest import load_manifest
 from megaresid.data.sampler import Sampler, windows
 from megaresid.data.shards import TokenStream
@@ -121,13 +122,44 @@ def test_dropping_the_loader_ends_the_thread(make):
     assert not thread.is_alive()
 
 
-def test_reads_ahead_but_not_without_bound(make):
+def test_reads_ahead_but_not_without_bound(make, monkeypatch):
+    """Four groups of three micro-batches of 2 x 7 tokens wait, and a fifth is in the thread's hands."""
+    monkeypatch.setattr(loader_module, "TOKENS_AT_ONCE", 3 * 2 * CONTEXT)
+    read, fifth = [], threading.Event()
+
+    def counted(*options):
+        read.append(0)
+        if len(read) == 5:
+            fifth.set()
+        return read_batch(*options)
+
+    monkeypatch.setattr(loader_module, "read_batch", counted)
     loader = make()
-    while not loader._ready.full():
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert loader._ready.qsize() == loader._ready.maxsize < 10
+    assert fifth.wait(timeout=10)
     loader.close()
+    assert len(read) == 5 and loader._ready.qsize() == loader._ready.maxsize == 4
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 2 * CONTEXT, 5 * 2 * CONTEXT, 2**17])
+def test_groups_do_not_show(make, monkeypatch, tokens_at_once):
+    """Of 240 micro-batches, in groups of 1, 1, 5 and all of a block; also where one of them cannot be read."""
+    monkeypatch.setattr(loader_module, "TOKENS_AT_ONCE", tokens_at_once)
+    with make() as loader:
+        batches = list(loader)
+    found = [row for idx, _ in batches for row in idx.tolist()]
+    assert len(batches) == 240 and found == [inputs for inputs, _ in expected(range(480))]
+    assert all(idx.is_contiguous() and targets.is_contiguous() for idx, targets in batches)
+
+    tokens = [token % 500 for token in TOKENS]
+    tokens[310] = 600
+    order = Sampler((len(TOKENS) - 1) // CONTEXT, seed=3).window_of(np.arange(142)).tolist()
+    with make(tokens, vocab_size=600) as loader:
+        seen = []
+        with pytest.raises(UserError, match="token 9 is id 600"):
+            for batch in loader:
+                seen.append(batch)
+    # Token 310 is the third input of its window, and the last target of none.
+    assert len(seen) == order.index(310 // CONTEXT) // 2
 
 
 @pytest.mark.parametrize("ranks, micro_batch", [(1, 5), (5, 1), (1, 24)])
