@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
+
+from data_prep.job import Job
+from data_prep.sources.source import Share
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"])
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
 PYTHON = {"MEGARESID_PYTHON": sys.executable}  # a real one, where the environment's only records its calls
 
 # Stands for every program of the environment: writes what it was called with to `calls`, one argument a line, and
@@ -311,3 +315,26 @@ def test_a_failed_installation_says_why_and_is_taken_up_again(tmp_path):
         assert "ERROR: " in ran.stderr and "torch==2.13.0" in ran.stderr
         assert ran.stderr.splitlines()[-1].startswith("error: pip failed: the whole output is in ")
         assert not (tmp_path / "checkout/.venv/megaresid-complete").exists()
+
+
+def test_slurm_array_makes_shares_and_a_job_joins_them(checkout):
+    write_program(checkout / ".venv/bin/srun", PROGRAM)
+    job = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_CPUS_PER_TASK": "16"}
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    script = "launch/data_prep.sbatch"
+    assert run("bash", script, "my data/", "--revision", "a commit", **job, **array).returncode == 0
+    for number in (1, 2, 3):
+        (checkout / f"my data-shares/{number}-of-3").mkdir(parents=True, exist_ok=True)
+    assert run("bash", script, "my data", **job).returncode == 0
+    share, merge = calls(checkout)
+    assert share[:6] == ["srun", "--cpus-per-task", "16", "python", "-m", "data_prep"]
+    options = tyro.cli(Job, args=share[6:])
+    assert (options.source, options.revision, options.resume) == ("fineweb", "a commit", True)
+    assert (options.out, options.share) == (Path("my data-shares/2-of-3"), Share(2, 3))
+    shares = [f"my data-shares/{number}-of-3" for number in (1, 2, 3)]
+    assert merge == [*share[:6], "merge", *shares, "--out", "my data"]
+
+
+def test_slurm_array_without_a_folder(checkout):
+    ran = run("bash", "launch/data_prep.sbatch", SLURM_SUBMIT_DIR=str(checkout))
+    assert ran.returncode == 2 and "usage: sbatch" in ran.stderr and calls(checkout) == []
