@@ -1,6 +1,5 @@
 """Text to shards: units of the source are made into parts by workers, and assembled in their order meanwhile."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from itertools import chain, islice
@@ -18,7 +17,15 @@ from data_prep.schedule import Schedule
 from data_prep.sources import open_source
 from data_prep.sources.source import UNIT_BYTES, Source
 from data_prep.worker import Worker, WorkerOptions
-from data_prep.workplace import check_folder, found_records, held, remove_records, remove_shards, unfinished_plan
+from data_prep.workplace import (
+    check_folder,
+    found_records,
+    held,
+    remove_parts,
+    remove_records,
+    remove_shards,
+    unfinished_plan,
+)
 from megaresid.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from megaresid.errors import UserError
 
@@ -42,7 +49,7 @@ def prepare(job: Job, report: Report = no_report, say: Callable[[str], None] = l
         check_same(before, plan, job.out)
     if (job.out / MANIFEST_NAME).exists():
         with held(job.out, plan, job.resume) as parts:
-            shutil.rmtree(parts)
+            remove_parts(parts)
         return load_manifest(job.out)
     try:
         return _prepare(job, source, plan, report, say)
@@ -91,7 +98,7 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
             if not (job.out / MANIFEST_NAME).exists():
                 remove_shards(job.out)
             raise
-        shutil.rmtree(parts)
+        remove_parts(parts)
     report(1.0, *_totals(manifest))
     return manifest
 

@@ -59,7 +59,7 @@ def held(out: Path, plan: Plan, resume: bool) -> Iterator[Path]:
             yield parts
         except BaseException:
             if parts.exists() and not _records(parts):
-                shutil.rmtree(parts)
+                remove_parts(parts)
                 for folder in made[1:]:
                     folder.rmdir()
             raise
@@ -79,6 +79,18 @@ def remove_records(parts: Path) -> None:
         path.unlink()
 
 
+def remove_parts(parts: Path) -> None:
+    """Remove the folder of the parts, the plan last: until then, it is known what the rest is."""
+    for path in parts.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (PLAN, LOCK):
+            path.unlink()
+    for name in (PLAN, LOCK):
+        (parts / name).unlink(missing_ok=True)
+    parts.rmdir()
+
+
 def remove_shards(out: Path) -> None:
     """Remove what an interrupted job wrote of its data set, which is made again from its parts."""
     for path in out.iterdir():
@@ -87,21 +99,24 @@ def remove_shards(out: Path) -> None:
 
 
 def _check_contents(out: Path, resume: bool) -> None:
-    parts = out / PARTS
     try:
         there = {path.name for path in out.iterdir()}
-        unfinished = PARTS in there and parts.is_dir() and not _only_begun(parts)
     except FileNotFoundError:
         return
     except OSError as error:
         file = isinstance(error, NotADirectoryError)
         says = "is a file; name a folder" if file else f"{error.strerror}; name another"
         raise UserError(f"--out {out}: {says}") from None
-    if MANIFEST_NAME in there and not (resume and unfinished):
-        raise UserError(f"--out {out}: already holds a data set; name another folder, or delete this one")
-    if unfinished and not resume:
-        raise UserError(f"--out {out}: holds an unfinished job; go on with it by --resume, or delete the folder")
-    if not unfinished and there - {PARTS}:
+    unfinished = (out / PARTS / PLAN).exists()
+    begun = PARTS in there and _only_begun(out / PARTS)
+    if MANIFEST_NAME in there:
+        # An unfinished job beside it is one that was stopped while it removed its parts.
+        if not (resume and (unfinished or begun)):
+            raise UserError(f"--out {out}: already holds a data set; name another folder, or delete this one")
+    elif unfinished:
+        if not resume:
+            raise UserError(f"--out {out}: holds an unfinished job; go on with it by --resume, or delete the folder")
+    elif there - ({PARTS} if begun else set()):
         raise UserError(f"--out {out}: not empty; name a new folder, or delete this one")
 
 
@@ -110,8 +125,8 @@ def _records(parts: Path) -> list[Path]:
 
 
 def _only_begun(parts: Path) -> bool:
-    """Whether a job was killed here before it wrote its plan."""
-    return {path.name for path in parts.iterdir()} <= {LOCK, f"{PLAN}.partial"}
+    """Whether a job was killed here before it wrote its plan, or when it had removed it."""
+    return parts.is_dir() and {path.name for path in parts.iterdir()} <= {LOCK, f"{PLAN}.partial"}
 
 
 def _lock(lock, out: Path) -> None:
