@@ -219,7 +219,10 @@ def measure(request: Request, paths: tuple[Path, ...]) -> dict[str, Any]:
     seconds = opening(open_once)
     shards = sum(len(folder.training.shards) for folder in data.folders)
     found = {"training_tokens": data.training_tokens, "shards": shards, "opening_seconds": seconds}
-    print(f"opening            {median(seconds):8.3f} s for {data.training_tokens:,} tokens in {shards} shard(s)", flush=True)
+    print(
+        f"opening            {median(seconds):8.3f} s for {data.training_tokens:,} tokens in {shards} shard(s)",
+        flush=True,
+    )
 
     found["reading"] = speed = reading(data, request, vocab_size)
     print(
@@ -241,7 +244,7 @@ def measure(request: Request, paths: tuple[Path, ...]) -> dict[str, Any]:
             count = min(windows(len(folder.training), request.context), ALIGNED_WINDOWS)
             share = distinct(stream, request.context, count)
             found["aligned_distinct"][str(folder.path)] = {"windows": count, "share": share}
-            print(f"aligned windows    {share:8.1%} of the tokens that {count:,} windows read are distinct: {folder.path}")
+            print(f"aligned windows    {share:8.1%} of the tokens of {count:,} windows are seen: {folder.path}")
     return found
 
 
