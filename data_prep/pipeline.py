@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.assemble import Assembler
 from data_prep.content import cut_of, manifest_of
-from data_prep.estimate import Sample, check_download, estimate, take_sample
+from data_prep.estimate import Sample, check_download, estimate, gigabytes, take_sample
 from data_prep.job import Job
 from data_prep.manifest import write_manifest
 from data_prep.plan import PARTS, Plan, check_same, plan_of, write_share
@@ -82,6 +82,8 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         found = found_records(job.out, plan)
         expected = estimate(job, source, sample, found.values(), 1 if alone else processes)
         expected.check_disk(job.out)
+        if job.dry_run:
+            say(_planned(plan, source))
         say(str(expected))
         if job.dry_run:
             return None
@@ -118,6 +120,13 @@ def _assemble(job: Job, plan: Plan, parts: Path, schedule: Schedule) -> Manifest
         raise
     write_manifest(job.out, manifest)
     return manifest
+
+
+def _planned(plan: Plan, source: Source) -> str:
+    share = f", share {plan.share.number}/{plan.share.of}" if plan.share.of > 1 else ""
+    first = f", the first is {plan.files[0].name}" if plan.files else ""
+    files = f"{len(plan.files):,} files of {gigabytes(source.bytes)}"
+    return f"plan {plan.sha256[:16]}: {source.kind}, {files}{first}{share}"
 
 
 def _totals(manifest: Manifest) -> tuple[int, int]:

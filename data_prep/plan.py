@@ -104,11 +104,13 @@ def plan_of(job: Job, source: Source) -> Plan:
         most_bytes=MOST_BYTES,
         tokenizer_sha256=RANKS_SHA256,
         source={key: value for key, value in described.items() if value is not None},
-        inputs=job.input,
+        inputs=tuple(map(_printable, job.input)),
         reading=Reading(**{name: getattr(job, name) for name in Reading.model_fields}),
         cutting=Cutting(**{name: getattr(job, name) for name in Cutting.model_fields}),
         share=PlannedShare(number=job.share.number, of=job.share.of),
-        files=tuple(PlannedFile(name=file.name, bytes=file.bytes, stamp=file.stamp) for file in source.files),
+        files=tuple(
+            PlannedFile(name=_printable(file.name), bytes=file.bytes, stamp=file.stamp) for file in source.files
+        ),
     )
 
 
@@ -170,6 +172,11 @@ def _check_same_files(before: tuple[PlannedFile, ...], now: tuple[PlannedFile, .
             change = "was written again after the unfinished job began"
         raise UserError(f"--resume: {name} {change}; put it back as it was, {anew}")
     raise UserError(f"--resume: the files come in another order than when the unfinished job began, {anew}")
+
+
+def _printable(name: str) -> str:
+    """A name with the bytes that are not UTF-8 spelled out: JSON cannot hold them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _load(kind: type[R], path: Path) -> R:
