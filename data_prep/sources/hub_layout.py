@@ -30,14 +30,13 @@ def select(names: list[str], card: str | None, config: str | None, fineweb: bool
     files are those in a folder named like the configuration, at the top or in data/, or without one those in data/,
     else all. Raises UserError for an unknown configuration, naming the known ones, and where no file is left.
     """
-    patterns = patterns_of(card)
+    patterns, default = patterns_of(card)
     if not patterns and fineweb:
         patterns = FINEWEB | {config: FINEWEB.get(config, [f"data/{config}/*"])}
     if patterns:
+        config = config or default
         if config is None:
-            config = "default" if "default" in patterns else next(iter(patterns))
-            if config != "default" and len(patterns) > 1:
-                raise UserError(f"--dataset-config: the data set has several, name one of {listed(patterns)}")
+            raise UserError(f"--dataset-config: the data set has several, name one of {listed(patterns)}")
         if config not in patterns:
             raise UserError(f"--dataset-config {config}: no such configuration; there are {listed(patterns)}")
         matches = [matcher(pattern) for pattern in patterns[config]]
@@ -49,19 +48,20 @@ def select(names: list[str], card: str | None, config: str | None, fineweb: bool
     return one_kind(chosen, config)
 
 
-def patterns_of(card: str | None) -> dict[str, list[str]]:
-    """The glob patterns of each configuration's training split, the default one first; none without a list.
+def patterns_of(card: str | None) -> tuple[dict[str, list[str]], str | None]:
+    """The glob patterns of each configuration's training split, none without a list; which one is the default.
 
     The list stands in the YAML at the head of the card: ``configs: [{config_name, data_files, data_dir, default}]``,
     where data_files is a pattern, patterns, or ``{split, path}`` for each split.
     """
     if card is None or not card.startswith("---"):
-        return {}
+        return {}, None
     try:
         configs = DatasetCard(card, ignore_metadata_errors=True).data.to_dict().get("configs") or []
-        # A stable sort: False, for the default one, comes first.
-        configs = sorted(configs, key=lambda config: not config.get("default", False))
-        return {config.get("config_name", "default"): _train_patterns(config) for config in configs}
+        patterns = {config.get("config_name", "default"): _train_patterns(config) for config in configs}
+        chosen = [config.get("config_name", "default") for config in configs if config.get("default")]
+        defaults = chosen or [name for name in patterns if name == "default" or len(patterns) == 1]
+        return patterns, defaults[0] if defaults else None
     # The YAML is whatever somebody wrote: its library raises its own errors for what is no YAML.
     except Exception as error:
         raise UserError(

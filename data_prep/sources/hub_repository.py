@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from data_prep.sources.source import File
+from data_prep.sources.source import UNIT_BYTES, File
 from megaresid.errors import UserError
 
 CARD = "README.md"
@@ -56,7 +56,10 @@ class Folder:
         for folder, below, names in os.walk(self.folder, followlinks=True):
             below[:] = [name for name in below if not name.startswith(".")]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
-                state = path.stat()
+                try:
+                    state = path.stat()
+                except OSError as error:
+                    raise UserError(f"{path}: {error.strerror}; get a whole copy of the data set") from None
                 files.append(File(path.relative_to(self.folder).as_posix(), state.st_size, str(state.st_mtime_ns)))
         return files
 
@@ -102,7 +105,9 @@ class Remote:
         """Where the file is in the cache, downloaded if it was not."""
         if path := self._cached(file.name):
             return Path(path)
-        say(f"downloading {file.name} ({file.bytes / 2**20:,.0f} MiB)")
+        # Of thousands of small files a line each would be too many.
+        if file.bytes >= UNIT_BYTES:
+            say(f"downloading {file.name} ({file.bytes / 2**20:,.0f} MiB)")
         download = functools.partial(
             self._api.hf_hub_download, self.dataset, file.name, repo_type="dataset", revision=self.commit
         )
