@@ -130,7 +130,7 @@ class Assembler:
         taken = self._seen.add(digests) if self._seen is not None else np.ones(len(digests), bool)
         if self.cut.limit_tokens is not None:
             totals = self.tokens + np.cumsum(lengths * taken)
-            over = np.flatnonzero(taken & (totals > self.cut.limit_tokens))
+            over = np.flatnonzero(totals > self.cut.limit_tokens)
             if len(over):
                 self.limited = True
                 taken[over[0] :] = False

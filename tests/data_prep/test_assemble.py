@@ -1,6 +1,8 @@
 import hashlib
 import random
 import shutil
+import struct
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -86,12 +88,32 @@ def test_the_limit_is_met_exactly(tmp_path, spare, taken, limited):
     assert (sum(counts.documents for counts in made.splits.values()), made.limited) == (taken, limited)
 
 
-def test_duplicates_do_not_count_for_the_limit(tmp_path):
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_duplicates_do_not_count_for_the_limit(tmp_path, block):
     documents = [(b"same", [1, 2]), (b"same", [1, 2]), (b"other", [3, 4]), (b"same", [1, 2]), (b"more", [5, 6])]
-    made = check(tmp_path, parts_of(documents, [3, 2]), validation_fraction=0.5, deduplicate=True, limit_tokens=6)
+    options = dict(validation_fraction=0.5, deduplicate=True, limit_tokens=6)
+    made = check(tmp_path, parts_of(documents, [5]), block, **options)
     assert made.limited and made.dropped["duplicates"] == 1
+    assert sum(counts.tokens for counts in made.splits.values()) == 6
     digests = b"".join(hashlib.sha256(text).digest() for text in (b"same", b"same", b"other"))
     assert made.documents_sha256 == hashlib.sha256(digests).hexdigest()
+
+
+def test_the_bound_between_the_splits_is_exact(tmp_path):
+    """A half is 2^63 as a first word, big-endian: that one is for training, the one before it is held out."""
+    write_part(tmp_path / "parts", Part([(b"a", [1]), (b"b", [2]), (b"c", [3]), (b"d", [4])]), block_documents=4)
+    rows, ids, words = b"", b"", (2**63, 2**63 - 1, 0, 2**64 - 1)
+    for number, word in enumerate(words, 1):
+        rows += word.to_bytes(8, "big") + b"\xff" * 24 + struct.pack("<I", 2)
+        ids += struct.pack("<2H", 50256, number)
+    (tmp_path / "parts" / "000000-000000.docs").write_bytes(rows)
+    record = read_record(tmp_path / "parts", "000000-000000", PLAN)
+    block = record.blocks[0].model_copy(update={"crc32": zlib.crc32(ids + rows)})
+    with Assembler(tmp_path, tmp_path / "parts", Cut(100, 0.5)) as assembler:
+        assembler.add(record.model_copy(update={"blocks": (block,)}), tmp_path / "parts")
+        assembler.finish()
+    assert read_shards(tmp_path, "val") == [[50256, 2, 50256, 3]]
+    assert read_shards(tmp_path, "train") == [[50256, 1, 50256, 4]]
 
 
 def test_the_first_of_the_same_texts_is_kept_whatever_its_ids(tmp_path):
