@@ -1,6 +1,7 @@
 """The run configuration: presets, files, the command line, and mistakes in each."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,27 @@ def test_a_saved_configuration_reads_back_as_the_same(tmp_path):
     assert from_flat(config.flat(), "x") == config
 
 
+def test_data_is_one_folder_or_several_with_weights(tmp_path):
+    one = parse(NEEDED)
+    assert one.run.data == (Path("d"),) and one.run.data_weights == () and one.run.data_order == "shuffled"
+    several = parse(["--data", "a b", "c", *NEEDED[2:], "--data-weights", "0.7", "3", "--data-order", "sequential"])
+    assert several.run.data == (Path("a b"), Path("c")) and several.run.data_weights == (0.7, 3.0)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(several.flat()))
+    assert parse(["--config", str(path)]) == several
+    assert parse(["--config", str(path), "--data", "e", "--data-weights", "1"]).run.data == (Path("e"),)
+
+
+def test_a_configuration_of_before_several_folders_could_be_named_still_reads(tmp_path):
+    flat = parse(NEEDED).flat()
+    for key in ("data_weights", "data_order", "align_documents"):
+        del flat[key]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"schema": 1, **flat, "data": "d"}))
+    assert parse(["--config", str(path)]) == parse(NEEDED) == from_flat(flat | {"data": "d"}, "x")
+    assert from_flat({"data": None}, "x").run.data == ()
+
+
 def test_the_launchers_own_argument_and_both_spellings_are_taken():
     assert parse(["--local_rank=1", *NEEDED, "--global_batch_size", "4"]).batch.global_batch_size == 4
 
@@ -61,6 +83,9 @@ def test_the_reference_run_is_the_published_one():
         (["--resume", "auto", "--init-from", "x"], "exclude each other"),
         (["--config", "missing.json"], "--config missing.json: No such file"),
         (["--config"], "--config needs a value"),
+        (["--data", "e"], "--data is given twice: give all folders to one"),
+        (["--data=e"], "--data is given twice: give all folders to one"),
+        (["--data-weights", "1", "--data_weights", "2"], "--data-weights is given twice: give all weights to one"),
     ],
 )
 def test_mistakes_name_the_value_and_the_mend(arguments, message):

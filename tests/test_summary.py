@@ -142,6 +142,27 @@ def test_the_summary_says_what_the_run_came_to(run, validation_tokens, targets):
     assert arguments == ["--logdir", str(run / "tensorboard")]
 
 
+def test_the_unigram_loss_of_two_folders(run):
+    """Shares of 1/4 and 3/4 of 36 and 20 counted tokens: the frequencies are those of (36 + 3 * 20) / 4 = 24 tokens, of
+    which 6 are spread as the first folder's are. Validation is 1 and 3 windows of 4."""
+    other_training, other_validation = [3, 3, 4, 12] * 5, [7, 3, 3, 12, 4] * 4
+    other = write_data(run.parent / "other data", other_training, other_validation, shard_tokens=7)
+    folders = [
+        {"folder": str(folder), "identity": load_manifest(folder).identity, "share": share}
+        for folder, share in ((run.parent / "my data", "1/4"), (other, "3/4"))
+    ]
+    (run / "data.json").write_text(json.dumps({"schema": 1, "identity": "0", "folders": folders}))
+    (run / "config.json").write_text(json.dumps({"schema": 1, "validation_tokens": 4 * CONTEXT}))
+    first, second = Counter(TRAINING), Counter(other_training)
+    cost = {
+        token: -math.log((6 * first[token] / 36 + 18 * second[token] / 20 + 1) / (24 + VOCABULARY))
+        for token in range(VOCABULARY)
+    }
+    targets = VALIDATION[1 : 1 * CONTEXT + 1] + other_validation[1 : 3 * CONTEXT + 1]
+    wanted = math.fsum(cost[token] for token in targets) / len(targets)
+    assert f"unigram loss      {wanted:.3f} on the same tokens" in summary.summarise(run)
+
+
 def test_a_loss_above_the_unigram_loss_and_one_that_is_not_finite(run):
     unigram = by_hand(TRAINING, VALIDATION, 12, VOCABULARY)
     write_metrics(run, {"step": 30, "tokens": 12345, "val_loss": 9.0})
