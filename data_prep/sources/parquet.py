@@ -34,7 +34,7 @@ from megaresid.errors import UserError
 BUFFER_BYTES = 2**20
 # Reading a page takes up to four times its size: as it is stored, uncompressed, as an array, and as documents.
 MOST_PAGE_BYTES = 192 * 2**20
-MOST_AT_ONCE = 256 * 2**20
+MOST_AT_ONCE = 128 * 2**20
 # Row groups with less text are not worth a look at their pages.
 SMALL_BYTES = 2**20
 # The width of the offsets in each type that holds text.
@@ -94,7 +94,8 @@ class ParquetReader(Reader):
                             dropped[reason] += 1
                         else:
                             yield text, position
-                    del batch, text
+                    # Neither may lie in memory while more is read.
+                    batch = text = None
                 if read != expected:
                     raise Unreadable(segment.name, f"{read} rows where its footer says {expected}")
             before += size

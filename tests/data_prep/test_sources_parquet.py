@@ -133,6 +133,11 @@ def test_filters_by_definition(tmp_path, options):
     assert options == (None, None, None) or 0 < len(kept) < 700
 
 
+def test_filters_may_leave_nothing(tmp_path):
+    path = write(tmp_path / "a.parquet", list(fineweb(900)))
+    assert read("parquet", path, language="fr") == ([], {"other_language": 900})
+
+
 def test_a_text_column_may_be_a_filters_too(tmp_path):
     write(tmp_path / "a.parquet", [{"language": "en"}, {"language": "de"}])
     assert read("parquet", tmp_path, text_column="language", language="en") == (["en"], {"other_language": 1})
