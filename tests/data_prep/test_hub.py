@@ -167,7 +167,7 @@ def test_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.requests)
     assert list(open_source(job()).units()) == units
-    assert len(hub.requests) == before and hub.waits == []
+    assert len(hub.requests) == before
 
 
 def test_a_broken_download_goes_on_where_it_broke(hub, tmp_path):
