@@ -62,8 +62,8 @@ class Proof:
             place = int(np.append(np.flatnonzero(ids[:shared] != expected[:shared]), shared)[0])
             found, right = (str(values[place]) if place < len(values) else "none" for values in (ids, expected))
             raise UserError(
-                f"part {self._part}: {self._backend.name} and tiktoken differ on its document {number} (sha256 {digest}, "
-                f"it begins {text.decode('utf-8')[:SHOWN_CHARACTERS]!r}): id {place} is {found}, tiktoken's is {right}; "
-                "use --tokenizer-backend tiktoken, and report this"
+                f"part {self._part}, document {number} (sha256 {digest}, it begins "
+                f"{text.decode('utf-8')[:SHOWN_CHARACTERS]!r}): {self._backend.name} differs from tiktoken, its id {place} "
+                f"is {found}, tiktoken's {right}; use --tokenizer-backend tiktoken, and report this"
             )
         self.bytes += len(text)

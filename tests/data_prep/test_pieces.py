@@ -1,0 +1,91 @@
+import random
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from texts import LONG_TEXTS
+
+from data_prep import pieces
+from data_prep.pieces import cut, whole_characters
+from data_prep.tokenizer import gpt2_encoding
+
+ENCODE = gpt2_encoding().encode_ordinary
+
+
+def ids_of(found):
+    return [id for piece, _ in found for id in ENCODE(piece.decode())]
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=LONG_TEXTS, size=st.integers(30, 90), near=st.integers(0, 20))
+def test_pieces_give_the_ids_of_the_whole(text, size, near):
+    # No piece can be full of one pre-token and the white space before it. U+001C is that to Python alone: to the
+    # pattern it belongs to a run of symbols, which then is no place to cut after.
+    before = r"(?:[^\s\p{L}\p{N}]*\x1c|\s)*"
+    longest = max(len(run.encode()) for run in regex.findall(before + r"(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|$)", text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", size)
+        patch.setattr(pieces, "NEAR", near)
+        found = list(cut(text.encode()))
+    assert b"".join(piece for piece, _ in found) == text.encode()
+    assert all(0 < len(piece) <= size for piece, _ in found)
+    cuts = sum(inside for _, inside in found)
+    # A character of 4 bytes may stand across the end, and that of a contraction too.
+    if longest < size - 4 * pieces.CONTRACTION - 4:
+        assert cuts == 0
+    if cuts == 0:
+        assert ids_of(found) == ENCODE(text)
+
+
+def test_a_short_document_is_one_piece(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 9)
+    assert list(cut(b"a b c d e")) == [(b"a b c d e", False)]
+    assert list(cut(b"a b c d ef")) == [(b"a b c d", False), (b" ef", False)]
+
+
+def test_one_endless_run_is_cut_and_counted(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 50)
+    found = list(cut(b"b c" + b"a" * 120 + b" d e"))
+    # "b" ends before a sure boundary; " c" and the run are one pre-token.
+    run = b" c" + b"a" * 120
+    assert found == [(b"b", False), (run[:50], True), (run[50:100], True), (run[100:] + b" d e", False)]
+
+
+def test_a_cut_inside_a_run_is_between_characters(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 50)
+    found = list(cut(("字" * 40).encode()))
+    assert found == [("字".encode() * 16, True), ("字".encode() * 16, True), ("字".encode() * 8, False)]
+
+
+@pytest.mark.parametrize("run", ["a", "^", " ", "7", "字"])
+def test_a_million_of_one_character(run):
+    text = run.encode() * 1_000_000
+    found = list(cut(text))
+    most = pieces.PIECE_BYTES - pieces.PIECE_BYTES % len(run.encode())
+    assert [len(piece) for piece, _ in found] == [most] * (len(text) // most) + [len(text) % most]
+    assert [inside for _, inside in found] == [True] * (len(found) - 1) + [False]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["the", "cat,", "said:", "\n\nIt's", "12", "(naïve)", "  "],
+        ["the\u3000", "cat,\u00a0", "'ll", "\u2028", "said:\t"],
+        ["我", "们。", "日本語、", "テスト", "１２", "「"],
+    ],
+)
+def test_a_long_real_text_is_not_cut(words):
+    joined = " ".join if words[0] == "the" else "".join
+    text = joined(random.Random(0).choices(words, k=60_000))
+    found = list(cut(text.encode()))
+    assert len(found) > 3 and not any(inside for _, inside in found)
+    assert ids_of(found) == ENCODE(text)
+
+
+@given(text=st.text(min_size=1, max_size=20), place=st.integers(0, 80))
+def test_whole_characters_by_definition(text, place):
+    data = text.encode()
+    place = min(place, len(data))
+    ends = [len(text[:n].encode()) for n in range(len(text) + 1)]
+    assert whole_characters(data, place) == max(end for end in ends if end <= place)
