@@ -103,8 +103,6 @@ class Remote:
 
     def fetch(self, file: File) -> Path:
         """Where the file is in the cache, downloaded if it was not."""
-        if path := self._cached(file.name):
-            return Path(path)
         # Of thousands of small files a line each would be too many.
         if file.bytes >= UNIT_BYTES:
             say(f"downloading {file.name} ({file.bytes / 2**20:,.0f} MiB)")

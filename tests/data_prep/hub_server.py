@@ -18,7 +18,7 @@ PAGE = 3
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests of a method whose path contains ``part``."""
+    """What happens to ``times`` requests of a method whose path contains ``part``, after ``passed`` of them."""
 
     method: str
     part: str
@@ -26,6 +26,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     break_after: int | None = None
     times: int = 1
+    passed: int = 0
 
 
 def blob_id(data: bytes) -> str:
@@ -68,6 +69,9 @@ class HubServer:
     def fault_for(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
             if fault.times and fault.method == method and fault.part in path:
+                if fault.passed:
+                    fault.passed -= 1
+                    continue
                 fault.times -= 1
                 return fault
         return None

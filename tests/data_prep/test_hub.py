@@ -274,6 +274,15 @@ def test_a_moved_branch_is_refused_and_the_commit_goes_on(hub, tmp_path, monkeyp
     assert data_set(tmp_path / "out")[0] == expected_shards(DOCUMENTS)
 
 
+def test_a_branch_that_moved_before_the_hub_stopped_answering_is_not_taken_for_what_it_was(hub, capfd):
+    open_source(job())
+    moved = hub.push(NAME, FILES | {sorted(TEXTS)[0]: fineweb_table(["newer"])})
+    # Then the library would give the commit that it has in its cache.
+    hub.faults.append(Fault("GET", "/revision/", status=500, passed=1))
+    assert open_source(job()).repository.commit == moved
+    assert "trying again in 2 s (1 of 7)" in capfd.readouterr().err
+
+
 def test_what_was_listed_is_read_whatever_becomes_of_the_branch(hub):
     source = open_source(job())
     hub.push(NAME, FILES | {name: fineweb_table(["newer"]) for name in TEXTS})
