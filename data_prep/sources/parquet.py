@@ -35,6 +35,8 @@ BUFFER_BYTES = 2**20
 # Reading a page takes up to four times its size: as it is stored, uncompressed, as an array, and as documents.
 MOST_PAGE_BYTES = 192 * 2**20
 MOST_AT_ONCE = 128 * 2**20
+# In place of its last row group, marks a file whose footer could not be read when it was to be cut.
+NOT_CUT = -1
 # Row groups with less text are not worth a look at their pages.
 SMALL_BYTES = 2**20
 # The width of the offsets in each type that holds text.
@@ -59,8 +61,10 @@ class ParquetReader(Reader):
                 chunks = chunks_of(table, self.column, range(table.num_row_groups))
                 sizes = [chunk.total_uncompressed_size for chunk in chunks]
         except Unreadable:
-            # Reading it says what is wrong with it, and --skip-unreadable acts there.
-            sizes = []
+            # Reading it says what is wrong, and --skip-unreadable acts there. It must not be read after all, where the
+            # trouble has passed: the next time the file would be cut.
+            yield Segment(path, file.name, 0, NOT_CUT), file.bytes
+            return
         total = sum(sizes)
         if not total:
             yield from super().cut(file, path)
@@ -83,6 +87,8 @@ class ParquetReader(Reader):
         for segment in unit.segments:
             with open_table(segment.path, segment.name) as table:
                 self._check(table.schema_arrow, segment.name)
+                if segment.last == NOT_CUT:
+                    raise Unreadable(segment.name, "its footer could not be read before, and now can; start again")
                 groups = range(segment.first, segment.last or table.num_row_groups)
                 size = unit.bytes if len(unit.segments) == 1 else segment.path.stat().st_size
                 expected, read = sum(table.metadata.row_group(group).num_rows for group in groups), 0

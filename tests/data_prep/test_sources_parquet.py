@@ -309,6 +309,18 @@ def test_damaged_files_are_unreadable(tmp_path, whole, monkeypatch):
             assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_could_not_be_cut_is_not_read_whole(tmp_path, whole, monkeypatch):
+    """Its units would be others the next time."""
+    monkeypatch.setattr("data_prep.sources.grouping.UNIT_BYTES", 1)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(whole.read_bytes()[:-1] + b"?")
+    source = source_of("parquet", path)
+    [unit] = source.units()
+    path.write_bytes(whole.read_bytes())
+    with pytest.raises(Unreadable, match="a.parquet: cannot be read .its footer could not be read before"):
+        list(source.reader.read(unit, Tally()))
+
+
 def test_every_flipped_byte_is_seen_or_harmless(tmp_path, whole):
     """Pages have checksums here: no damage to them may pass as other text."""
     data, expected = bytearray(whole.read_bytes()), [row["text"] for row in fineweb(1000)]
