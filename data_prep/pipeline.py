@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.assemble import Assembler
 from data_prep.content import cut_of, manifest_of
-from data_prep.estimate import Sample, check_download, estimate, gigabytes, take_sample
+from data_prep.estimate import check_download, estimate, gigabytes, sample_of
 from data_prep.job import Job
 from data_prep.manifest import write_manifest
 from data_prep.plan import PARTS, Plan, check_same, plan_of, write_share
@@ -78,8 +78,8 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         alone = processes == 1 or len(first) < 2
         pool = None if alone else stack.enter_context(Pool(processes, options))
         worker = Worker(options)
-        sample = take_sample(source.reader, first[0], worker.backend, job.skip_unreadable) if first else Sample()
         found = found_records(job.out, plan)
+        sample = sample_of(job, source, worker.backend)
         expected = estimate(job, source, sample, found.values(), 1 if alone else processes)
         expected.check_disk(job.out)
         if job.dry_run:

@@ -117,7 +117,8 @@ def test_several_inputs_follow_one_option(tmp_path, capsys):
     assert load_manifest(tmp_path / "out").provenance.inputs == tuple(map(str, files))
 
 
-def test_the_summary_names_every_count_that_is_not_zero(tmp_path, capsys):
+def test_the_summary_names_every_count_that_is_not_zero(tmp_path, capsys, monkeypatch):
+    small_units(monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", ["", *DOCUMENTS, DOCUMENTS[3], " ", "x" * 70_000])
     with open(rows, "ab") as file:
         file.write(b'{"text": 3}\n')

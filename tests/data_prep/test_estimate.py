@@ -8,7 +8,7 @@ import pytest
 from jobs import DOCUMENTS, expected_tokens, gpt2, job, small_units, write_rows
 
 from data_prep import estimate as module
-from data_prep.estimate import Sample, check_download, estimate, take_sample
+from data_prep.estimate import Sample, check_download, estimate, sample_of, take_sample
 from data_prep.pipeline import prepare
 from data_prep.progress import Pace, duration
 from data_prep.sources.source import Batch, Reader, Segment, Share, Source, Unit, Unreadable
@@ -183,6 +183,34 @@ def test_only_the_beginning_of_a_huge_document_is_encoded(monkeypatch):
 
     sample = take_sample(Batches([Batch([document.encode()], 500)]), UNIT, Seen(), False)
     assert seen == ["aaé日".encode()] and sample.text_bytes == len(document.encode()) and sample.encoded_bytes == 7
+
+
+class Places(Source):
+    """Of 1000 bytes in ten units; the reader gives one document of as many lines as the unit's number says."""
+
+    def __init__(self, download):
+        super().__init__([], self)
+        self.bytes, self.download, self.asked = 1000, download, []
+
+    def units(self, share):
+        return (Unit(n, 0, 100 * n, 100, ()) for n in range(10) if share.has(100 * n, 1000))
+
+    def download_bytes(self, share):
+        return self.download
+
+    def read(self, unit, tally):
+        self.asked.append(unit.group)
+        yield Batch([b"a" + b"\n" * unit.group], 100)
+
+
+def test_a_source_is_sampled_at_several_places_where_it_is_here(tmp_path):
+    source = Places(download=0)
+    sample = sample_of(job("x", tmp_path), source, Lines())
+    # The first units that begin in each quarter of the bytes.
+    assert source.asked == [0, 3, 5, 8]
+    assert (sample.documents, sample.source_bytes, sample.tokens) == (4, 400, sum(n + 2 for n in source.asked))
+    source = Places(download=1)
+    assert sample_of(job("x", tmp_path), source, Lines()).documents == 1 and source.asked == [0]
 
 
 def test_what_cannot_be_read_is_no_sample():
