@@ -150,8 +150,8 @@ def compute(seconds: float) -> None:
 def waiting(data: "RunData", request: Request, vocab_size: int, consume: Callable[[float], None]) -> dict[str, float]:
     """Run a loop of steps that take as long as they shall, the work of each micro-batch done by ``consume(seconds)``.
 
-    Gives the share of the time that the loop waited for batches, the CPU time of the loader's thread as a share of the
-    same time, and the seconds of a step.
+    Gives the time that the loop waited for batches and the CPU time of the loader's thread, both as shares of the time
+    that the steps shall take, and the seconds that a step took.
     """
     from megaresid.data.loader import Loader
 
@@ -180,7 +180,8 @@ def waiting(data: "RunData", request: Request, vocab_size: int, consume: Callabl
             waited += time.perf_counter() - since
             consume(seconds)
         elapsed, cpu = time.perf_counter() - started, time.clock_gettime(clock) - cpu
-    return {"waiting": waited / elapsed, "cpu": cpu / elapsed, "step_seconds": elapsed / request.steps}
+    wanted = request.steps * per_step * seconds
+    return {"waiting": waited / wanted, "cpu": cpu / wanted, "step_seconds": elapsed / request.steps}
 
 
 def distinct(stream: "AlignedStream", context: int, windows: int) -> float:

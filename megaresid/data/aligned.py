@@ -24,25 +24,28 @@ class AlignedStream:
 
     def read_windows(self, windows: np.ndarray, context: int) -> np.ndarray:
         """uint16[len(windows), context + 1]: the inputs and the token behind them."""
+        reach, starts = self._read(windows, context)
         tokens = np.empty((len(windows), context + 1), dtype=TOKEN)
-        for row, window in zip(tokens, windows.tolist(), strict=True):
-            read, start = self._read(window, context)
+        for row, read, start in zip(tokens, reach, starts.tolist(), strict=True):
             row[:] = read[start : start + context + 1]
         return tokens
 
     def place(self, window: int, column: int, context: int) -> tuple[Path, int]:
         """(shard, token offset within it) of a token of a window."""
-        _, start = self._read(window, context)
-        return self.stream.locate(window * context + start + column)
+        return self.stream.locate(self.start(window, context) + column)
 
     def start(self, window: int, context: int) -> int:
         """The position in the stream of a window's first token."""
-        return window * context + self._read(window, context)[1]
+        _, (start,) = self._read(np.array([window]), context)
+        return window * context + int(start)
 
-    def _read(self, window: int, context: int) -> tuple[np.ndarray, int]:
-        """The tokens from window*context on that the window can reach, and where among them it begins."""
-        first = window * context
-        tokens = self.stream.read(first, min(2 * context, len(self.stream) - first))
-        # argmax of nothing found is 0, and so is the start then.
-        start = int((tokens[:context] == self.end_of_text).argmax())
-        return tokens, start if start + context < len(tokens) else 0
+    def _read(self, windows: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that each window can reach, uint16[n, 2*context] from window*context on, and where among them it
+        begins, int64[n]. What lies behind the end of the stream is not set."""
+        reach = np.empty((len(windows), 2 * context), dtype=TOKEN)
+        left = len(self.stream) - windows * context
+        for row, window, present in zip(reach, windows.tolist(), left.tolist(), strict=True):
+            self.stream.read_into(window * context, row[:present])
+        # argmax of a row without a document is 0, where the plain window begins.
+        starts = (reach[:, :context] == self.end_of_text).argmax(axis=1)
+        return reach, np.where(starts + context < left, starts, 0)

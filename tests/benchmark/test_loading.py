@@ -66,8 +66,9 @@ def test_the_speed_is_of_the_tokens_after_the_first_round(sparse, monkeypatch):
     assert found == {"tokens_per_second": 64 / 2, "tokens_per_cpu_second": 64.0}
 
 
-def test_waiting_is_the_time_in_next_as_a_share_of_all_after_the_first_step(sparse, monkeypatch):
-    """Two batches a step; each takes 1 second of waiting and 3 of work, in the first step 1000."""
+def test_waiting_is_the_time_in_next_as_a_share_of_the_steps_after_the_first(sparse, monkeypatch):
+    """Two batches a step, each of 4 seconds by 16 tokens per second; it waits for 1 (in the first step for 1000), and
+    works for 5."""
     clock, asked, real = Clock(monkeypatch), [], Loader.__next__
 
     def slow(loader):
@@ -80,11 +81,11 @@ def test_waiting_is_the_time_in_next_as_a_share_of_all_after_the_first_step(spar
 
     def consume(seconds):
         work.append(seconds)
-        clock.now += 3
+        clock.now += 5
 
-    found = waiting(sparse, Request(**SMALL | {"tokens_per_second": 640}), 50257, consume)
-    assert found["waiting"] == 1 / 4 and found["step_seconds"] == 8.0
-    assert work == [4 * 16 / 640] * 8 and len(asked) == 8
+    found = waiting(sparse, Request(**SMALL | {"tokens_per_second": 16}), 50257, consume)
+    assert found["waiting"] == 1 / 4 and found["step_seconds"] == 12.0
+    assert work == [4.0] * 8 and len(asked) == 8
 
 
 def test_the_cpu_time_is_that_of_the_loaders_thread(sparse, monkeypatch):
@@ -105,7 +106,7 @@ def test_the_cpu_time_is_that_of_the_loaders_thread(sparse, monkeypatch):
     request = Request(**SMALL | {"tokens_per_second": 3200, "steps": 10})
     for consume in (loading.sleep, compute):
         found = waiting(sparse, request, 50257, consume)
-        assert 0.5 < found["cpu"] * found["step_seconds"] / (2 * 5e-3) < 2
+        assert 0.5 < found["cpu"] * 2 * 20e-3 / (2 * 5e-3) < 2
         assert found["step_seconds"] >= 2 * 20e-3
 
 

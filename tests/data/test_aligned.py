@@ -22,9 +22,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        assert 0 <= start and start + length <= len(self.tokens)
-        return self.tokens[start : start + length]
+    def read_into(self, start: int, tokens: np.ndarray) -> None:
+        assert 0 <= start and start + len(tokens) <= len(self.tokens)
+        tokens[:] = self.tokens[start : start + len(tokens)]
 
 
 def starts_by_definition(tokens: list[int], context: int) -> list[int]:
