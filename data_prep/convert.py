@@ -27,7 +27,7 @@ Format = Literal["nanogpt", "megatron"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert to what: the options of ``python -m data_prep convert``."""
+    """Convert a data set to the files of another project, or those to a data set; the documents stay the same."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """With --to: a data set. With --from: a folder of train.bin and val.bin (nanogpt), or of .bin and .idx with train
