@@ -74,9 +74,10 @@ class Remote:
     """A repository on the Hub, as it was at one commit.
 
     Nothing is asked of the network before ``listing``. Downloads go to the Hub library's own cache, where other tools
-    find them too; a file that is in it is not downloaded again. A connection that breaks off goes on where it broke;
-    a file is started anew only after a process died in the middle of it. Rate limits, errors of the server and lost
-    connections are waited out, with a message, a bounded number of times for each file.
+    find them too; a file that is in it is not downloaded again. A connection that breaks off goes on where it broke.
+    A file of which only a part came is started anew when the process is started anew, or when the library gave it up:
+    it keeps no such parts. Rate limits, errors of the server and lost connections are waited out, with a message, a
+    bounded number of times for each file.
 
     ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what they mean to the library; offline, the
     listing and the files must be in its cache.
@@ -131,6 +132,7 @@ class Remote:
         # The library falls back on what it knew before when the Hub stops answering in between.
         if not offline and folder.name != commit:
             raise ConnectionError(f"the revision was {commit}, then {folder.name}")
+        # Without a card there is none yet, and without it the library would not find the commit again.
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -36,10 +36,14 @@ def texts(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    return tokenizer.gpt2_ranks(None)
+
+
 @pytest.fixture(autouse=True)
-def ranks(monkeypatch):
+def vocabulary(ranks, monkeypatch):
     """The vocabulary is loaded once for all tests."""
-    ranks = tokenizer.gpt2_ranks(None)
     monkeypatch.setattr("data_prep.worker.gpt2_ranks", lambda vocab_file: ranks)
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from jobs import data_set, expected_shards
 from pyarrow import parquet
 
+from data_prep import tokenizer
 from data_prep.job import Job
 from data_prep.pipeline import prepare
 from data_prep.sources import grouping, hub_repository, open_source
@@ -94,6 +95,17 @@ def hub(tmp_path, monkeypatch):
     huggingface_hub.close_session()
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    return tokenizer.gpt2_ranks(None)
+
+
+@pytest.fixture(autouse=True)
+def vocabulary(ranks, monkeypatch):
+    """The vocabulary is loaded once for all tests."""
+    monkeypatch.setattr("data_prep.worker.gpt2_ranks", lambda vocab_file: ranks)
+
+
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A copy of the repository in a folder."""
@@ -168,6 +180,13 @@ def test_offline(hub, monkeypatch):
     before = len(hub.requests)
     assert list(open_source(job()).units()) == units
     assert len(hub.requests) == before
+
+
+def test_offline_without_a_card(hub, monkeypatch):
+    hub.push(NAME, {name: FILES[name] for name in TEXTS})
+    units = list(open_source(job()).units())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert list(open_source(job()).units()) == units and len(units) == 16
 
 
 def test_a_broken_download_goes_on_where_it_broke(hub, tmp_path):
@@ -335,6 +354,7 @@ def test_hidden_files_and_broken_links_of_a_copy(copy):
     cache = copy / ".cache" / "sample/10BT/9.parquet"
     cache.parent.mkdir(parents=True)
     cache.write_bytes(b"of a download tool")
+    (copy / "sample/10BT/.5.parquet").write_bytes(b"in the middle of being copied")
     assert [file.name for file in open_source(job(input=(str(copy),))).files] == sorted(TEXTS)
     (copy / "sample/10BT/4.parquet").symlink_to("nothing")
     with pytest.raises(UserError, match="4.parquet: No such file or directory; get a whole copy"):
