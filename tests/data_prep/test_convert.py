@@ -8,7 +8,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import tyro
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from other_projects import (
     END_OF_TEXT,
@@ -35,6 +35,11 @@ from megaresid.errors import UserError
 
 DOCUMENTS = {"train": [[1, 2, 3], [], [4], [5, 50255, 0, 6, 6, 6, 6, 6]], "val": [[7, 8], [9]]}
 documents = st.lists(st.lists(st.integers(0, 50255), max_size=6), min_size=1, max_size=8)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda file: None)
 
 
 @pytest.fixture(params=[2, 10**6], ids=["small blocks", "large blocks"])
@@ -175,7 +180,7 @@ def test_llmc_and_modded_nanogpt_read_our_shards(tmp_path):
             assert loader.next_batch() == (shard[start : start + 8], shard[start + 1 : start + 9])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     train=documents,
     val=documents,
@@ -198,7 +203,7 @@ def test_there_and_back_is_the_same_bytes(train, val, origin, block, at_once, sh
         assert documents_ending(np.fromfile(folder / "there" / "val.bin", np.uint16).tolist()) == val
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.lists(st.lists(st.integers(0, 50256), max_size=4), max_size=3), min_size=1, max_size=8),
     append_eod=st.booleans(),
@@ -230,8 +235,8 @@ def test_any_megatron_documents(documents, append_eod, dtype_code, block, at_onc
 
 @contextmanager
 def patched(block, at_once):
-    """Small reads, and no waiting for the disk."""
-    with patch.object(ids, "BLOCK_IDS", block), patch.object(megatron, "AT_ONCE", at_once), patch("os.fsync"):
+    """Small reads, also within one test that hypothesis repeats."""
+    with patch.object(ids, "BLOCK_IDS", block), patch.object(megatron, "AT_ONCE", at_once):
         yield
 
 
