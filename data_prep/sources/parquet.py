@@ -200,8 +200,6 @@ def is_text(kind: pyarrow.DataType) -> bool:
 def texts_of(column: pyarrow.Array) -> Iterator[bytes | memoryview]:
     """The values of a column as bytes, null as none, straight from its buffers: no str is made. What is too long to be
     a document comes as a view, not copied."""
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if column.type not in WIDTHS:
         column = column.cast(pyarrow.large_binary())
     width = WIDTHS[column.type]

@@ -53,6 +53,7 @@ TYPES = [
     pyarrow.binary(),
     pyarrow.large_binary(),
     pyarrow.string_view(),
+    pyarrow.binary_view(),
     pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
 ]
 VALUES = ["one", None, "", "é🙂", " \u2003", "two", "one", "x" * 50]
@@ -233,7 +234,7 @@ def test_headers_of_pages_by_hand():
         "18 03 616263",  # 4: binary abc
         "1c 15ff01 15d80f 11 00",  # 5: a struct of two i32 and a true
         "19 25 02 04",  # 6: a list of two i32
-        "1a f1 10 01020102010201020102010201020102",  # 7: a set of sixteen booleans
+        "1a f1 10 01020102010201020102010201020000",  # 7: a set of sixteen booleans
         "1b 02 58 02 01 78 04 00",  # 8: a map of two, i32 to binary
         "1b 00",  # 9: an empty map
         "17 15d80f15d80f15d8",  # 10: double
@@ -249,7 +250,7 @@ def test_headers_of_pages_by_hand():
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x15", b"\x00", b"\x15\x00\x00", b"\x1c" * 100, b"\x15" + b"\xff" * 12, b"\x1f\x00", b"\x19\xff" * 50],
+    [b"", b"\x15", b"\x00", b"\x15\x00\x00", b"\x1c" * 10**5, b"\x15" + b"\xff" * 12, b"\x1f\x00", b"\x19\xff" * 50],
 )
 def test_damaged_headers_of_pages(data):
     with pytest.raises(OSError, match="header of a page is"):
@@ -279,6 +280,16 @@ def test_rows_at_once_are_bounded_by_the_largest_page(tmp_path, monkeypatch):
         assert read("parquet", path)[0] == ["x" * 1000] * 400
     monkeypatch.setattr(parquet, "MOST_AT_ONCE", 500)
     assert rows_at_once(chunk, path) == 1
+
+
+def test_positions_of_several_files(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"{name}.parquet", [{"text": "x" * 2**19}] * 4, use_dictionary=False)
+    source = source_of("parquet", tmp_path)
+    [unit] = source.units()
+    size = source.files[0].bytes
+    positions = [batch.position for batch in source.reader.read(unit, Tally())]
+    assert positions == [size * rows // 4 + size * file for file in range(3) for rows in (2, 4)]
 
 
 @pytest.fixture(scope="module")
