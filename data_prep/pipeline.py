@@ -91,7 +91,8 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         remove_shards(job.out)
         schedule = Schedule(units, found, pool or worker, source.bytes / job.share.of, job.limit_tokens, report)
         if job.partition:
-            write_share(parts, plan, [record.name for record in schedule.records()])
+            with closing(schedule.records()) as records:
+                write_share(parts, plan, [record.name for record in records])
             return None
         try:
             manifest = _assemble(job, plan, parts, schedule)

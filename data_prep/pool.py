@@ -13,6 +13,7 @@ from data_prep.worker import Worker, WorkerOptions
 
 # Of each worker on the board: the serial number of its unit (0: none), and the bytes, documents and tokens done of it.
 FIELDS = 4
+SECONDS_TO_END = 2.0
 
 
 class Stopped(Exception):
@@ -58,19 +59,27 @@ class Pool:
 
     def _submit(self, *call) -> Future:
         # A submission may start a process, which takes this mask over: Ctrl-C must not end it before it ignores that.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._executor.submit(*call)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start(options: WorkerOptions, board, stop, free) -> None:
     global _options, _worker, _board, _stop, _slot
-    # Ctrl-C is the parent's to answer, and a parent that was killed must not leave workers behind.
+    # Signals to the whole group are the parent's to answer, and a parent that was killed must not leave workers behind.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _options, _worker, _board, _stop, _slot = options, None, board, stop, FIELDS * free.get()
+
+
+def _end_soon(*_) -> None:
+    """A parent that was terminated too has the workers end within this time, and must not take them for killed."""
+    timer = threading.Timer(SECONDS_TO_END, os._exit, (128 + signal.SIGTERM,))
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with_parent() -> None:

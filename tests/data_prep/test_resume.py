@@ -213,12 +213,18 @@ def long_job(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sent, code, says", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")], ids=["INT", "TERM"]
+    "send, sent, code, says",
+    [
+        # A terminal's Ctrl-C and a cluster's SIGTERM reach the workers too.
+        (os.killpg, signal.SIGINT, 130, "interrupted"),
+        (os.killpg, signal.SIGTERM, 143, "terminated"),
+        (os.kill, signal.SIGTERM, 143, "terminated"),
+    ],
+    ids=["INT to all", "TERM to all", "TERM"],
 )
-def test_an_interrupted_command_leaves_its_parts_and_no_process(long_job, sent, code, says):
+def test_an_interrupted_command_leaves_its_parts_and_no_process(long_job, send, sent, code, says):
     started, process = long_job
-    # A terminal sends Ctrl-C to the workers too; who terminates a job names its process.
-    os.killpg(process.pid, sent) if sent == signal.SIGINT else os.kill(process.pid, sent)
+    send(process.pid, sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code and f"{says}; a job goes on with --resume" in error and "Traceback" not in error
     wait_until(lambda: not alive(process.pid))
