@@ -391,6 +391,7 @@ def test_lines_of_json(tmp_path):
         (["data/en/0.parquet", "data/de/0.parquet"], "en", ["data/en/0.parquet"]),
         (["default/train/0000.parquet", "default/validation/0000.parquet"], None, ["default/train/0000.parquet"]),
         (["part-0.parquet", "part-1.parquet", "validation.parquet"], None, ["part-0.parquet", "part-1.parquet"]),
+        (["train-0.parquet", "extra.parquet", "dev.parquet"], None, ["train-0.parquet"]),
         (["constraint/a.parquet", "contest/b.parquet"], None, ["constraint/a.parquet", "contest/b.parquet"]),
         (["a.jsonl", "b.parquet", "c.parquet"], None, ["b.parquet", "c.parquet"]),
     ],
