@@ -94,7 +94,7 @@ class Assembler:
     def add(self, record: PartRecord, folder: Path) -> bool:
         """Take the next part, which lies in ``folder``; False when the limit is reached: no more is wanted.
 
-        Raises UserError for a damaged part, and for what the file system refuses.
+        Raises UserError for a damaged part, and OSError, as of a full disk.
         """
         if self.limited:
             return False
@@ -109,7 +109,7 @@ class Assembler:
         return True
 
     def finish(self) -> Assembled:
-        """End both splits. Raises UserError for what the file system refuses."""
+        """End both splits. Raises OSError, as of a full disk."""
         if self.limited:
             self._digests, self._duplicates = self._digests_taken, self._duplicates_taken
         shards = [entry for split in SPLITS for entry in self._writers[split].finish()]

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.writer import disk_errors
-
 # Runs up to this many digests stay in memory (16 bytes each; all of them together are less than twice this).
 MEMORY_DIGESTS = 2**21
 # Digests that a merge on disk reads from each run at once.
@@ -31,13 +29,12 @@ class SeenDigests:
         self.folder = folder
         self._runs: list[MemoryRun | DiskRun] = []
         self._made = 0
-        with disk_errors(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
     def add(self, digests: np.ndarray) -> np.ndarray:
         """Add digests uint64[n, >= 2] of any byte order, of which the first two words count; bool[n] says which are
-        new, being neither in the set nor earlier in ``digests``. Raises UserError for what the file system refuses.
+        new, being neither in the set nor earlier in ``digests``. Raises OSError, as of a full disk.
         """
         first, second = (np.ascontiguousarray(digests[:, word], KEY) for word in (0, 1))
         # Stable: of equal digests the first that came is the first of its group.
@@ -50,8 +47,7 @@ class SeenDigests:
         new = np.empty(len(order), bool)
         new[order] = fresh
         if fresh.any():
-            with disk_errors(self.folder):
-                self._push(MemoryRun(np.stack([first[fresh], second[fresh]])))
+            self._push(MemoryRun(np.stack([first[fresh], second[fresh]])))
         return new
 
     def close(self) -> None:

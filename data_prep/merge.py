@@ -12,7 +12,6 @@ from data_prep.parts import PartRecord, read_record
 from data_prep.plan import PARTS, Plan, load_plan, load_share
 from data_prep.progress import Report, no_report
 from data_prep.workplace import check_folder, remove_shards
-from data_prep.writer import disk_errors
 from megaresid.data.manifest import MANIFEST_NAME, Manifest
 from megaresid.data.shards import TOKEN_BYTES
 from megaresid.errors import UserError
@@ -34,19 +33,27 @@ def merge(folders: list[Path], out: Path, report: Report = no_report) -> Manifes
     _check_all_there(records, first)
     check_folder(out, resume=False)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         _check_space(out, [record for record, _ in records], first)
         manifest = _assemble(records, first, out, len(shares), report)
-    except BaseException:
+    except BaseException as error:
         if not (out / MANIFEST_NAME).exists():
-            remove_shards(out)
-            shutil.rmtree(out / PARTS, ignore_errors=True)
-            for folder in made:
-                folder.rmdir()
+            _remove(out, made)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or out}: {error.strerror}; mend that and merge again") from error
         raise
     return manifest
+
+
+def _remove(out: Path, made: list[Path]) -> None:
+    """Remove what was written in ``out``, and the folders that were made for it, innermost first."""
+    if out.is_dir():
+        remove_shards(out)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    for folder in made:
+        if folder.is_dir():
+            folder.rmdir()
 
 
 def _assemble(records: list[tuple[PartRecord, Path]], plan: Plan, out: Path, shares: int, report: Report) -> Manifest:

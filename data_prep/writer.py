@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedRandom
 from pathlib import Path
@@ -12,19 +11,6 @@ import numpy as np
 
 from megaresid.data.manifest import ShardEntry, Split
 from megaresid.data.shards import HEADER_BYTES, TOKEN, TOKEN_BYTES, pack_header
-from megaresid.errors import UserError
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the file system refuses (a full disk, a lost mount) becomes a UserError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or path
-        raise UserError(
-            f"{place}: {error.strerror}; mend that and start again (--resume keeps finished parts)"
-        ) from error
 
 
 class ShardWriter:
@@ -32,8 +18,8 @@ class ShardWriter:
 
     Documents run on from one shard into the next. A shard's header is written when it is full or the split ends,
     so a file that was not finished is not a shard. A full shard is put on the disk and its checksum taken by a thread
-    while the next one fills. Existing files are never overwritten. Raises UserError for what the file system refuses,
-    at the latest in ``finish``.
+    while the next one fills. Existing files are never overwritten (FileExistsError). Any other OSError, as of a full
+    disk, comes out of ``append`` or at the latest of ``finish``.
     """
 
     def __init__(self, folder: Path, split: Split, shard_tokens: int):
@@ -46,24 +32,22 @@ class ShardWriter:
 
     def append(self, ids: np.ndarray) -> None:
         """Write uint16[n] ids, n >= 0, opening the next shard when one is full."""
-        with disk_errors(self.folder):
-            while len(ids):
-                if self._file is None:
-                    self._open()
-                part = ids[: self.shard_tokens - self._tokens]
-                self._file.write(np.ascontiguousarray(part, TOKEN))
-                self._tokens += len(part)
-                self._largest = max(self._largest, int(part.max()))
-                ids = ids[len(part) :]
-                if self._tokens == self.shard_tokens:
-                    self._close()
+        while len(ids):
+            if self._file is None:
+                self._open()
+            part = ids[: self.shard_tokens - self._tokens]
+            self._file.write(np.ascontiguousarray(part, TOKEN))
+            self._tokens += len(part)
+            self._largest = max(self._largest, int(part.max()))
+            ids = ids[len(part) :]
+            if self._tokens == self.shard_tokens:
+                self._close()
 
     def finish(self) -> list[ShardEntry]:
         """End the split; one entry for the manifest per shard, in order."""
-        with disk_errors(self.folder):
-            if self._file is not None:
-                self._close()
-            self._wait()
+        if self._file is not None:
+            self._close()
+        self._wait()
         self._thread.shutdown()
         return self.entries
 

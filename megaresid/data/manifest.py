@@ -69,8 +69,8 @@ class ShardEntry(Record):
 class Source(Record):
     """Where the text came from.
 
-    kind      the source of data_prep (fineweb, hub, parquet, jsonl, text, python-docs), or what the ids came as:
-              adopted (shards used as they were found), nanogpt, megatron
+    kind      the source of data_prep (fineweb, hub, parquet, jsonl, text, python-docs; datatrove for its pipelines),
+              or what the ids came as: adopted (shards used as they were found), nanogpt, megatron
     revision  changes when the text does: ``sha256:`` and the sha256 over the sha256s of the documents that were read
               (a name of the release where the source has one; over the ids where there was no text)
     dataset   name of the data set on the Hub

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from data_prep import dedup
 from data_prep.dedup import SeenDigests
-from megaresid.errors import UserError
 
 # Few values, so that they meet again; the first words collide where the second do not, and the last two never count.
 EDGES = [0, 1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1]
@@ -76,15 +75,3 @@ def test_what_an_earlier_job_left_is_not_seen(folder):
     assert not list(folder.iterdir())
     assert seen.add(as_array([(1, 2, 3, 4), (0, 0, 0, 0)])).tolist() == [True, True]
     seen.close()
-
-
-def test_a_full_disk_says_how_to_go_on(folder, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(dedup, "MEMORY_DIGESTS", 1)
-    monkeypatch.setattr(dedup, "write_merged", full)
-    seen = SeenDigests(folder)
-    seen.add(as_array([(1, 2, 0, 0)]))
-    with pytest.raises(UserError, match=r"seen: No space left on device.*--resume"):
-        seen.add(as_array([(2, 2, 0, 0)]))

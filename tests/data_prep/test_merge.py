@@ -243,9 +243,18 @@ def test_a_disk_that_fills_up(tmp_path, shares, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"out: No space left on device; mend that and merge again"):
         merge(shares, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_where_no_folder_can_be(tmp_path, shares):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file"):
+        merge(shares, tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="file: is a file"):
+        merge(shares, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_split_without_documents(tmp_path, parts):

@@ -9,7 +9,6 @@ import pytest
 
 from data_prep import writer
 from data_prep.writer import ShardWriter
-from megaresid.errors import UserError
 
 
 def shard(ids):
@@ -68,7 +67,7 @@ def test_an_unfinished_shard_has_no_header(tmp_path):
 def test_existing_files_are_not_overwritten(tmp_path):
     (tmp_path / "train_000001.bin").write_bytes(b"mine")
     shards = ShardWriter(tmp_path, "train", 2)
-    with pytest.raises(UserError, match=r"train_000001.bin: File exists"):
+    with pytest.raises(FileExistsError, match="train_000001.bin"):
         shards.append(np.arange(5, dtype=np.uint16))
     shards.discard()
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("train_000001.bin", b"mine")]
@@ -99,7 +98,7 @@ def test_what_fails_in_the_background_comes_out(tmp_path, monkeypatch):
     for last in (lambda shards: shards.finish(), lambda shards: shards.append(np.arange(9, dtype=np.uint16))):
         shards = ShardWriter(tmp_path, "train", 4)
         shards.append(np.arange(4, dtype=np.uint16))
-        with pytest.raises(UserError, match=r"No space left on device; .*--resume"):
+        with pytest.raises(OSError, match="No space left on device"):
             last(shards)
         shards.discard()
         assert not list(tmp_path.iterdir())
@@ -111,7 +110,7 @@ def test_a_full_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
         shards = ShardWriter(tmp_path, "train", 10**6)
-        with pytest.raises(UserError, match=r"File too large; .*--resume"):
+        with pytest.raises(OSError, match="File too large"):
             for _ in range(10):
                 shards.append(np.arange(10_000, dtype=np.uint16))
             shards.finish()
