@@ -155,6 +155,7 @@ class Source:
 
     def units(self, share: Share = WHOLE) -> Iterator[Unit]:
         """The units of a share, in order. Only files with units of the share are fetched, each when it is needed."""
+        # Here, as it needs what stands above.
         from data_prep.sources.grouping import units_of
 
         return units_of(self.files, self.fetch, self.reader.cut, share)

@@ -1,8 +1,10 @@
 """Files, units, shares and text files; the other kinds of sources have files of their own."""
 
 import gzip
+import io
 import pickle
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -47,6 +49,12 @@ def test_files_are_named_as_given_and_stamped(tmp_path, monkeypatch):
     assert source_of("text", tmp_path).files[0].name == str(tmp_path / "a.txt")
 
 
+def test_the_revision_is_the_hash_of_the_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    described = source_of("text", tmp_path).describe("0123")
+    assert described == {"kind": "text", "revision": "sha256:0123"}
+
+
 @pytest.mark.parametrize(
     "kind, inputs, says",
     [
@@ -77,10 +85,21 @@ def test_text_that_is_left_out_is_counted(tmp_path, monkeypatch):
     assert set(left_out) < set(DROPPED)
 
 
-def test_a_text_file_that_is_too_long_is_not_read(tmp_path):
+def test_a_text_file_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+    class NeverRead(io.BufferedReader):
+        def read(self, *_):
+            raise AssertionError("it was read")
+
+    @contextmanager
+    def never_read(path, name):
+        with open(path, "rb", buffering=0) as file:
+            yield NeverRead(file), file
+
     path = tmp_path / "sparse.txt"
     with open(path, "wb") as file:
         file.truncate(2**40)
+    assert read("text", path) == ([], {"too_long": 1})
+    monkeypatch.setattr(text, "open_stream", never_read)
     assert read("text", path) == ([], {"too_long": 1})
 
 
