@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data_prep import pipeline, plan, tokenizer
+from data_prep import backends, pipeline, plan, tokenizer, worker
 from data_prep.job import Job
 from data_prep.sources import grouping, jsonl
 
@@ -17,10 +17,12 @@ UNIT_BYTES = 1500
 
 
 def small_units(monkeypatch) -> None:
-    """Make units of about 20 documents, whose number decides how many processes there are; load the vocabulary once."""
+    """Make units of about 20 documents, of a size that also decides how many processes there are; load the vocabulary
+    of this process once for all jobs."""
     for module in (grouping, jsonl, plan, pipeline):
         monkeypatch.setattr(module, "UNIT_BYTES", UNIT_BYTES)
-    monkeypatch.setattr(tokenizer, "_ranks_in_folder", functools.cache(tokenizer._ranks_in_folder))
+    monkeypatch.setattr(worker, "gpt2_ranks", ranks)
+    monkeypatch.setattr(backends, "encoding_of", lambda of_ranks: gpt2())
 
 
 def write_rows(path: Path, documents: list[str]) -> Path:
@@ -30,7 +32,7 @@ def write_rows(path: Path, documents: list[str]) -> Path:
 
 def job(rows: Path, out: Path, **options) -> Job:
     defaults = dict(source="jsonl", input=(str(rows),), shard_tokens=100, validation_fraction=0.2, workers=1)
-    return Job(out=out, **defaults | options)
+    return Job(out=out, **defaults | {"tokenizer_backend": "tiktoken"} | options)
 
 
 def read_shard(path: Path) -> list[int]:
@@ -38,6 +40,11 @@ def read_shard(path: Path) -> list[int]:
     magic, version, tokens, *rest = struct.unpack("<256i", data[:1024])
     assert (magic, version, set(rest)) == (20240520, 1, {0})
     return list(struct.unpack(f"<{tokens}H", data[1024:]))
+
+
+@functools.cache
+def ranks(vocab_file: Path | None = None) -> tokenizer.Ranks:
+    return tokenizer.gpt2_ranks(vocab_file)
 
 
 @functools.cache

@@ -73,15 +73,18 @@ def test_shards_and_manifest_by_definition(rows, tmp_path):
     assert (provenance.inputs, provenance.text_column, provenance.workers) == ((str(rows),), "text", 1)
 
 
-@pytest.mark.parametrize("workers, backend", [(2, "tiktoken"), (3, "auto")])
+@pytest.mark.parametrize("workers, backend", [(2, "auto"), pytest.param(3, "tiktoken", marks=pytest.mark.full)])
 def test_workers_and_backends_change_nothing(rows, tmp_path, workers, backend):
-    made_by = set()
+    made_by, reports, threads = set(), [], threading.active_count()
     before = pipeline.Pool
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Pool", lambda *args: made_by.add(args[0]) or before(*args))
-        manifest = prepare(job(rows, tmp_path / "many", workers=workers, tokenizer_backend=backend))
+        many = job(rows, tmp_path / "many", workers=workers, tokenizer_backend=backend)
+        manifest = prepare(many, lambda *report: reports.append(report))
     assert made_by == {workers} and manifest.provenance.workers == workers
-    prepare(job(rows, tmp_path / "one", tokenizer_backend="tiktoken"))
+    assert not multiprocessing.active_children() and threading.active_count() == threads
+    check_reports(reports)
+    prepare(job(rows, tmp_path / "one"))
     assert data_set(tmp_path / "many") == data_set(tmp_path / "one")
     assert shard_bytes(tmp_path / "one") == expected_shards(DOCUMENTS)
 
@@ -287,16 +290,14 @@ def test_no_document_with_text(tmp_path):
 
 
 def test_reports_rise_to_the_end(rows, tmp_path):
-    for workers in (1, 2):
-        reports = []
-        prepare(job(rows, tmp_path / str(workers), workers=workers), lambda *report: reports.append(report))
-        tokens = sum(map(len, expected_tokens(DOCUMENTS, 0.2).values()))
-        assert reports[0] == (0.0, 0, 0) and reports[-1] == (1.0, len(DOCUMENTS), tokens)
-        assert all(0 <= fraction <= 1 for fraction, _, _ in reports)
-        assert any(0 < fraction < 1 and 0 < documents < len(DOCUMENTS) for fraction, documents, _ in reports)
+    reports = []
+    prepare(job(rows, tmp_path / "out"), lambda *report: reports.append(report))
+    check_reports(reports)
+    assert reports == sorted(reports)
 
 
-def test_workers_end_with_the_job(rows, tmp_path):
-    threads = threading.active_count()
-    prepare(job(rows, tmp_path / "out", workers=2))
-    assert not multiprocessing.active_children() and threading.active_count() == threads
+def check_reports(reports):
+    tokens = sum(map(len, expected_tokens(DOCUMENTS, 0.2).values()))
+    assert reports[0] == (0.0, 0, 0) and reports[-1] == (1.0, len(DOCUMENTS), tokens)
+    assert all(0 <= fraction <= 1 for fraction, _, _ in reports)
+    assert any(0 < fraction < 1 and 0 < documents < len(DOCUMENTS) for fraction, documents, _ in reports)
