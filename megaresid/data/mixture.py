@@ -204,7 +204,8 @@ def open_data(
     """Open and check folders of shards. Without weights each has the share that it has of all training tokens.
 
     Raises UserError for a folder that is no data set or does not fit the vocabulary, a damaged shard, a split that is
-    missing, a folder that is named twice, and weights that are not one positive number a folder.
+    missing, folders of different tokenizers, a folder that is named twice, and weights that are not one positive
+    number a folder.
     """
     if weights and len(weights) != len(paths):
         raise UserError(
@@ -220,6 +221,12 @@ def open_data(
         check_vocabulary(manifest, vocab_size)
         validation = TokenStream.open(path, manifest, "val") if validating else None
         opened.append((path, manifest, TokenStream.open(path, manifest, "train"), validation))
+    vocabulary = opened[0][1].content.tokenizer.sha256
+    for path, manifest, *_ in opened[1:]:
+        if manifest.content.tokenizer.sha256 != vocabulary:
+            raise UserError(
+                f"--data: {path} was tokenized with another vocabulary than {paths[0]}: blend folders of one tokenizer"
+            )
     found = shares(weights or [len(training) for _, _, training, _ in opened])
     folders = [Folder(path, manifest, share, *streams) for (path, manifest, *streams), share in zip(opened, found)]
     return RunData(tuple(folders), order, align_documents)

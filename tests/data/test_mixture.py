@@ -167,6 +167,15 @@ def test_mistakes(folders, tmp_path, write_data_set):
         opened([folders[0], short]).validation(CONTEXT, 100)
 
 
+def test_folders_of_different_tokenizers(folders):
+    path = folders[2] / "manifest.json"
+    path.write_text(path.read_text().replace('"sha256": "' + "0" * 64, '"sha256": "' + "1" * 64, 1))
+    opened(folders[:2])
+    opened(folders[2:])
+    with pytest.raises(UserError, match=r"set2 was tokenized with another vocabulary than \S*set0"):
+        opened(folders)
+
+
 def test_what_is_recorded_and_said(folders):
     data = opened(folders[:2], [3, 1], "sequential")
     record = json.loads(json.dumps(data.record()))
