@@ -146,7 +146,7 @@ def estimate(job: Job, source: Source, sample: Sample, found: Iterable[PartRecor
     seconds_per_byte = ratio(sample.reading_seconds, sample.source_bytes) + text_per_byte * ratio(
         sample.encoding_seconds, sample.encoded_bytes
     )
-    if job.limit_tokens is not None and tokens_per_byte:
+    if job.limit_tokens is not None and tokens_per_byte and not job.partition:
         share_bytes = min(share_bytes, ceil(job.limit_tokens / tokens_per_byte))
     documents, tokens = ceil(share_bytes * documents_per_byte), ceil(share_bytes * tokens_per_byte)
     left = max(share_bytes - sum(record.bytes for record in found), 0)

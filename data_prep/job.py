@@ -60,7 +60,8 @@ class Job:
     deduplicate: bool = False
     """Keep only the first of documents with the same bytes."""
     limit_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Stop before the first document with which the data set would have more tokens than this."""
+    """Stop before the first document with which the data set would have more tokens than this. Shares are made whole;
+    of them, merge stops there."""
 
     shard_tokens: int = 100_000_000
     """Tokens in a shard, at most."""

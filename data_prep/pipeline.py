@@ -89,7 +89,9 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
             return None
         parts = stack.enter_context(held(job.out, plan, job.resume))
         remove_shards(job.out)
-        schedule = Schedule(units, found, pool or worker, source.bytes / job.share.of, job.limit_tokens, report)
+        # Where the limit ends the data set is known only when the shares are merged.
+        limit = None if job.partition else job.limit_tokens
+        schedule = Schedule(units, found, pool or worker, source.bytes / job.share.of, limit, report)
         if job.partition:
             with closing(schedule.records()) as records:
                 write_share(parts, plan, [record.name for record in records])
