@@ -65,13 +65,8 @@ def convert(conversion: Conversion, report: Report = no_report) -> Converted:
         raise UserError(f"{conversion.folder}: no such folder")
     try:
         return _to(conversion, report) if conversion.to else _from(conversion, report)
-    except (OSError, UserError) as error:
-        # The writer of shards has a job in mind that can be resumed.
-        refused = error.__cause__ if isinstance(error, UserError) else error
-        if not isinstance(refused, OSError):
-            raise
-        place = refused.filename or conversion.out
-        raise UserError(f"{place}: {refused.strerror}; mend that and start again") from refused
+    except OSError as error:
+        raise UserError(f"{error.filename or conversion.out}: {error.strerror}; mend that and start again") from error
 
 
 class Progress:
