@@ -19,7 +19,7 @@ def _mend_local_buffers() -> None:
 
     Where the C++ of two loops is fused over rows, what passes from the first to the second stays in a buffer of one
     row. If the rows are vectorized, 16 of them write to it and the last one wins: a wrong result without an error
-    (PyTorch issue 185702; releases 2.11 to 2.13 have it). It needs a sum over rows of a matrix that lies transposed,
+    (PyTorch issue 185702; seen in 2.13.0). It needs a sum over rows of a matrix that lies transposed,
     as in the gradient of a normed key of one head. Such loops are left apart here.
     """
     from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode  # which takes long to import
