@@ -42,21 +42,20 @@ def prepare(job: Job, report: Report = no_report, say: Callable[[str], None] = l
     set.
     """
     job.check()
-    check_folder(job.out, job.resume)
-    source = open_source(job)
-    plan = plan_of(job, source)
-    if before := unfinished_plan(job.out):
-        check_same(before, plan, job.out)
-    if (job.out / MANIFEST_NAME).exists():
-        with held(job.out, plan, job.resume) as parts:
-            remove_parts(parts)
-        return load_manifest(job.out)
     try:
+        check_folder(job.out, job.resume)
+        source = open_source(job)
+        plan = plan_of(job, source)
+        if before := unfinished_plan(job.out):
+            check_same(before, plan, job.out)
+        if (job.out / MANIFEST_NAME).exists():
+            with held(job.out, plan, job.resume) as parts:
+                remove_parts(parts)
+            return load_manifest(job.out)
         return _prepare(job, source, plan, report, say)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or job.out}: {error.strerror or error}; mend that and go on with --resume"
-        ) from error
+        where, what = error.filename or job.out, error.strerror or error
+        raise UserError(f"{where}: {what}; mend that and go on with --resume") from error
 
 
 def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable[[str], None]) -> Manifest | None:

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from ctypes import c_bool, c_int64
 
 from data_prep.parts import PartRecord
@@ -18,6 +20,24 @@ SECONDS_TO_END = 2.0
 
 class Stopped(Exception):
     """What a worker raises when it was told to leave its unit."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM to the end of the body. Raised inside the executor or a future, they can leave a lock
+    taken for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 class Pool:
@@ -55,15 +75,17 @@ class Pool:
     def close(self) -> None:
         """Have the workers leave what they are at, and wait until they have ended."""
         self._stop.value = True
-        self._executor.shutdown(cancel_futures=True)
+        with uninterrupted():
+            self._executor.shutdown(cancel_futures=True)
 
     def _submit(self, *call) -> Future:
         # A submission may start a process, which takes this mask over: Ctrl-C must not end it before it ignores that.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._executor.submit(*call)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with uninterrupted():
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return self._executor.submit(*call)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start(options: WorkerOptions, board, stop, free) -> None:

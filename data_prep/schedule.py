@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from data_prep.parts import PartRecord
-from data_prep.pool import Pool
+from data_prep.pool import Pool, uninterrupted
 from data_prep.progress import Report
 from data_prep.sources.source import Unit
 from data_prep.worker import Worker
@@ -66,7 +66,7 @@ class Schedule:
                     ahead.put(unit, self._found.get(unit.name))
                 if not ahead.waiting:
                     return
-                while not ahead.waiting[0].done():
+                while not ahead.ready():
                     for record in ahead.wait():
                         self._count(record)
                     self._show(ahead.at_work())
@@ -110,33 +110,43 @@ class _Ahead:
         return len(self._under_way) < AHEAD * self.pool.workers and not self._failed
 
     def put(self, unit: Unit, record: PartRecord | None) -> None:
-        if record is None:
-            self._serial += 1
-            future = self.pool.make_part(self._serial, unit)
-            self._under_way[future] = self._serial, unit
-        else:
-            future = Future()
-            future.set_result(record)
-            self.tokens += record.tokens
-        self.waiting.append(future)
+        with uninterrupted():
+            if record is None:
+                self._serial += 1
+                future = self.pool.make_part(self._serial, unit)
+                self._under_way[future] = self._serial, unit
+            else:
+                future = Future()
+                future.set_result(record)
+                self.tokens += record.tokens
+            self.waiting.append(future)
+
+    def ready(self) -> bool:
+        """Whether the first part is complete, or failed."""
+        with uninterrupted():
+            return self.waiting[0].done()
 
     def get(self) -> PartRecord:
-        record = self.waiting.popleft().result()
+        with uninterrupted():
+            record = self.waiting.popleft().result()
         self.tokens -= record.tokens
         return record
 
-    def wait(self) -> Iterator[PartRecord]:
+    def wait(self) -> list[PartRecord]:
         """The parts that are complete now, after a while."""
-        finished, _ = wait(self._under_way, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
-        for future in finished:
-            if isinstance(error := future.exception(), BrokenProcessPool):
-                raise error
-            del self._under_way[future]
-            if error is None:
-                self.tokens += future.result().tokens
-                yield future.result()
-            # An error is raised in its turn, as a limit may end the data set before it; nothing more is begun.
-            self._failed |= error is not None
+        complete = []
+        with uninterrupted():
+            finished, _ = wait(self._under_way, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+            for future in finished:
+                if isinstance(error := future.exception(), BrokenProcessPool):
+                    raise error
+                del self._under_way[future]
+                if error is None:
+                    complete.append(future.result())
+                # An error is raised in its turn, as a limit may end the data set before it; nothing more is begun.
+                self._failed |= error is not None
+        self.tokens += sum(record.tokens for record in complete)
+        return complete
 
     def at_work(self) -> list[tuple[int, int, int]]:
         """Bytes, documents and tokens done of the units under way."""

@@ -23,7 +23,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def check_folder(out: Path, resume: bool) -> None:
     """Raise UserError where a job may not be done in ``out``; writes nothing."""
     if (out / PARTS / LOCK).exists():
-        with open(out / PARTS / LOCK) as lock:
+        # Some network file systems lock only what may be written.
+        with open(out / PARTS / LOCK, "r+") as lock:
             _lock(lock, out)
     _check_contents(out, resume)
 

@@ -17,6 +17,7 @@ from jobs import DOCUMENTS, data_set, expected_shards, job, shard_bytes, small_u
 
 from data_prep import pipeline
 from data_prep.pipeline import prepare
+from data_prep.pool import uninterrupted
 from data_prep.sources.source import Share
 from data_prep.worker import Worker
 from megaresid.data.manifest import MANIFEST_NAME, load_manifest
@@ -230,6 +231,21 @@ def test_an_interrupted_command_leaves_its_parts_and_no_process(long_job, send, 
     wait_until(lambda: not alive(process.pid))
     assert records(started.out) and not shard_bytes(started.out) and not (started.out / MANIFEST_NAME).exists()
     assert not list((started.out / "parts").glob("*.partial"))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_end_of_what_they_must_not_interrupt(sent):
+    came = []
+    before = signal.signal(sent, lambda number, _: came.append(number))
+    try:
+        with uninterrupted():
+            signal.raise_signal(sent)
+            assert came == []
+        assert came == [sent]
+        signal.raise_signal(sent)
+        assert came == [sent, sent], "the handler is back"
+    finally:
+        signal.signal(sent, before)
 
 
 def test_workers_end_with_a_parent_that_is_killed(long_job):
