@@ -5,12 +5,15 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from data_prep.tokenizer import Ranks, encoding_of, ranks_text
 from megaresid.errors import UserError
+
+if TYPE_CHECKING:
+    import gigatoken
 
 BackendName = Literal["auto", "tiktoken", "gigatoken"]
 # Letters and numbers since Unicode 17, which gigatoken 0.10 knows and tiktoken does not: first and last of each range.
@@ -21,8 +24,9 @@ NEW_CHARACTERS = """
 """
 NEW_RANGES = [tuple(int(end, 16) for end in pair.split("-")) for pair in NEW_CHARACTERS.split()]
 NEW = re.compile(f"[{''.join(f'{chr(first)}-{chr(last)}' for first, last in NEW_RANGES)}]")
-# What each of them begins with in UTF-8: most texts have none of these, and that is seen at once.
-NEW_BEGIN = b"\xe0", b"\xea", b"\xf0"
+# What they begin with in UTF-8, one byte and two: most texts have none of these, and that is seen sooner.
+NEW_PAIRS = {chr(point).encode()[:2] for first, last in NEW_RANGES for point in range(first, last + 1)}
+NEW_LEADS = {pair[:1] for pair in NEW_PAIRS}
 # How much text is encoded between two looks at the memory, and by how much that may have grown.
 CHECKED_BYTES = 16 * 2**20
 MOST_GROWTH = 256 * 2**20
@@ -62,7 +66,7 @@ class Gigatoken:
         self._renew()
 
     def encode(self, text: bytes) -> np.ndarray:
-        if not text.isascii() and any(begin in text for begin in NEW_BEGIN) and NEW.search(text.decode("utf-8")):
+        if has_new_characters(text):
             return self._tiktoken.encode(text)
         self._unchecked += len(text)
         if self._unchecked > CHECKED_BYTES:
@@ -73,15 +77,26 @@ class Gigatoken:
         return self._tokenizer.encode(text)
 
     def _renew(self) -> None:
-        import gigatoken
-
         self._tokenizer = None  # before there are two
-        with tempfile.TemporaryDirectory(prefix="megaresid-vocabulary-") as folder:
-            file = Path(folder) / "gpt2.tiktoken"
-            file.write_bytes(ranks_text(self._ranks))
-            # With its default special tokens a "<|endoftext|>" in the text would become the id that parts documents.
-            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2", special_tokens={})
+        self._tokenizer = load_gigatoken(self._ranks)
         self._unchecked, self._resident = 0, resident_bytes()
+
+
+def load_gigatoken(ranks: Ranks) -> "gigatoken.Tokenizer":
+    """Raises ImportError where it is not installed."""
+    import gigatoken
+
+    with tempfile.TemporaryDirectory(prefix="megaresid-vocabulary-") as folder:
+        file = Path(folder) / "gpt2.tiktoken"
+        file.write_bytes(ranks_text(ranks))
+        # With its default special tokens a "<|endoftext|>" in the text would become the id that parts documents.
+        return gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2", special_tokens={})
+
+
+def has_new_characters(text: bytes) -> bool:
+    if text.isascii() or not any(lead in text for lead in NEW_LEADS) or not any(pair in text for pair in NEW_PAIRS):
+        return False
+    return NEW.search(text.decode("utf-8")) is not None
 
 
 def resident_bytes() -> int:

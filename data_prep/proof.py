@@ -61,9 +61,10 @@ class Proof:
             shared = min(len(ids), len(expected))
             place = int(np.append(np.flatnonzero(ids[:shared] != expected[:shared]), shared)[0])
             found, right = (str(values[place]) if place < len(values) else "none" for values in (ids, expected))
+            begins = text.decode("utf-8")[:SHOWN_CHARACTERS]
             raise UserError(
-                f"part {self._part}, document {number} (sha256 {digest}, it begins "
-                f"{text.decode('utf-8')[:SHOWN_CHARACTERS]!r}): {self._backend.name} differs from tiktoken, its id {place} "
-                f"is {found}, tiktoken's {right}; use --tokenizer-backend tiktoken, and report this"
+                f"part {self._part}, document {number} (sha256 {digest}, it begins {begins!r}): {self._backend.name} "
+                f"differs from tiktoken, its id {place} is {found}, tiktoken's {right}; report this, and use "
+                "--tokenizer-backend tiktoken"
             )
         self.bytes += len(text)

@@ -10,6 +10,7 @@ from data_prep import tokenizer
 from data_prep.tokenizer import gpt2_encoding
 from megaresid.errors import UserError
 
+
 @pytest.fixture(scope="session")
 def encoding():
     return gpt2_encoding()
