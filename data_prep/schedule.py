@@ -66,11 +66,11 @@ class Schedule:
                     ahead.put(unit, self._found.get(unit.name))
                 if not ahead.waiting:
                     return
-                while not ahead.ready():
-                    for record in ahead.wait():
-                        self._count(record)
-                    self._show(ahead.at_work())
-                yield ahead.get()
+                for record in ahead.wait(0 if ahead.ready() else SECONDS_BETWEEN_REPORTS):
+                    self._count(record)
+                self._show(ahead.at_work())
+                if ahead.ready():
+                    yield ahead.get()
         except BrokenProcessPool:
             raise UserError(
                 f"a worker process was killed (out of memory?), at work were {ahead.files_at_work()}; go on with "
@@ -132,11 +132,11 @@ class _Ahead:
         self.tokens -= record.tokens
         return record
 
-    def wait(self) -> list[PartRecord]:
-        """The parts that are complete now, after a while."""
+    def wait(self, seconds: float) -> list[PartRecord]:
+        """The parts that were completed; where none was, in this time."""
         complete = []
         with uninterrupted():
-            finished, _ = wait(self._under_way, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+            finished, _ = wait(self._under_way, seconds, FIRST_COMPLETED)
             for future in finished:
                 if isinstance(error := future.exception(), BrokenProcessPool):
                     raise error
@@ -154,6 +154,8 @@ class _Ahead:
         return [counts for serial, counts in self.pool.at_work().items() if serial in serials]
 
     def files_at_work(self) -> str:
+        """The files of the units that workers are at; where they are between two, of those handed out."""
         serials = self.pool.at_work().keys()
-        names = (s.name for serial, unit in self._under_way.values() if serial in serials for s in unit.segments[:1])
-        return ", ".join(dict.fromkeys(names)) or "none of its units"
+        units = [unit for serial, unit in self._under_way.values() if serial in serials]
+        units = units or [unit for _, unit in self._under_way.values()]
+        return ", ".join(dict.fromkeys(unit.segments[0].name for unit in units)) or "none of its units"
