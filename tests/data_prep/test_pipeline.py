@@ -159,6 +159,7 @@ def test_duplicates_are_left_out_and_counted(tmp_path):
     manifest = prepare(job(write_rows(tmp_path / "rows.jsonl", documents), tmp_path / "out", deduplicate=True))
     assert shard_bytes(tmp_path / "out") == expected_shards(DOCUMENTS)
     assert manifest.content.dropped.duplicates == len(documents) - len(DOCUMENTS)
+    assert manifest.content.options.deduplicate is True
     data_set(tmp_path / "out")
 
 
