@@ -58,6 +58,16 @@ def test_a_cut_inside_a_run_is_between_characters(monkeypatch):
     assert found == [("字".encode() * 16, True), ("字".encode() * 16, True), ("字".encode() * 8, False)]
 
 
+@pytest.mark.parametrize("near", range(1, 8))
+def test_a_cut_character_before_the_boundary_is_not_taken_for_another(monkeypatch, near):
+    # Where the search near the end begins inside the wide white space, the space after it is no boundary.
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20)
+    monkeypatch.setattr(pieces, "NEAR", near)
+    text = "abcdef ghijk\u3000 \u3000xyzabc"
+    found = list(cut(text.encode()))
+    assert len(found) == 2 and ids_of(found) == ENCODE(text)
+
+
 @pytest.mark.parametrize("run", ["a", "^", " ", "7", "字"])
 def test_a_million_of_one_character(run):
     text = run.encode() * 1_000_000

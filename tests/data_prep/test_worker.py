@@ -51,14 +51,14 @@ def worker(folder, reader, backend="tiktoken", **options):
 def test_a_part_is_the_documents_in_order(tmp_path, backend):
     pytest.importorskip(backend)
     long = b"It's a long one, " * 10_000
-    batches = (texts(1, 50), (long,), texts(2, 30), (b"<|endoftext|>", b"a" * 200_000))
+    batches = (texts(1, 50), (long,), texts(2, 30), (b"<|endoftext|>", b"a" * 200_000), (b"c",), (b"b" * 70_000,))
     reports = []
     record = worker(tmp_path, Given(batches), backend).make_part(UNIT, lambda *counts: reports.append(counts))
 
     documents = [document for batch in batches for document in batch]
-    ids = [[50256, *ENCODE(document.decode())] for document in documents[:-1]]
-    pieces = [b"a" * 65536] * 3 + [b"a" * (200_000 - 3 * 65536)]
-    ids.append([50256, *(id for piece in pieces for id in ENCODE(piece.decode()))])
+    ids = [[50256, *ENCODE(document.decode())] for document in documents]
+    for n, pieces in ((-3, [b"a" * 65536] * 3 + [b"a" * (200_000 - 3 * 65536)]), (-1, [b"b" * 65536, b"b" * 4464])):
+        ids[n] = [50256, *(id for piece in pieces for id in ENCODE(piece.decode()))]
     assert (tmp_path / f"{NAME}.ids").read_bytes() == b"".join(struct.pack(f"<{len(some)}H", *some) for some in ids)
     rows = [hashlib.sha256(d).digest() + struct.pack("<I", len(n)) for d, n in zip(documents, ids, strict=True)]
     assert (tmp_path / f"{NAME}.docs").read_bytes() == b"".join(rows)
@@ -66,13 +66,13 @@ def test_a_part_is_the_documents_in_order(tmp_path, backend):
     assert (record.position, record.bytes, record.backend) == (10, 1_000_000, backend)
     assert (record.documents, record.tokens) == (len(documents), sum(map(len, ids)))
     assert record.text_bytes == sum(map(len, documents))
-    assert record.runs_cut == 3 and record.dropped == {"empty": 8}
+    assert record.runs_cut == 4 and record.dropped == {"empty": 12}
     assert record.proven_bytes <= record.text_bytes / proof.SAMPLED
     assert (record.proven_bytes > 0) == (backend == "gigatoken")
 
     assert [position for position, _, _ in reports] == sorted(position for position, _, _ in reports)
-    assert {position for position, _, _ in reports} == {1000, 2000, 3000, 4000}
-    assert reports[-1] == (4000, record.documents, record.tokens)
+    assert {position for position, _, _ in reports} == {1000, 2000, 3000, 4000, 5000, 6000}
+    assert reports[-1] == (6000, record.documents, record.tokens)
 
 
 def test_a_difference_from_tiktoken_leaves_no_part(tmp_path):
