@@ -65,7 +65,7 @@ def test_a_cut_character_before_the_boundary_is_not_taken_for_another(monkeypatc
     monkeypatch.setattr(pieces, "NEAR", near)
     text = "abcdef ghijk\u3000 \u3000xyzabc"
     found = list(cut(text.encode()))
-    assert len(found) == 2 and ids_of(found) == ENCODE(text)
+    assert len(found) == 2 and not found[0][0].decode()[-1].isspace()
 
 
 @pytest.mark.parametrize("run", ["a", "^", " ", "7", "字"])
