@@ -46,7 +46,7 @@ LEFT_OUT = {
     "too_long": "documents that were too long",
     "other_language": "documents in other languages",
     "low_score": "documents with a low score",
-    "unreadable": "units that cannot be read",
+    "unreadable": "files (or parts of large ones) that cannot be read",
     "duplicates": "duplicates",
 }
 
@@ -106,9 +106,10 @@ def inspect(folder: Folder, vocab_file: Path | None = None) -> None:
         raise UserError(f"{folder}: tokenizer {tokenizer.name} is not GPT-2's; only that one can be decoded")
     stream = TokenStream.open(folder, manifest, "train")
     ids = stream.read(0, min(len(stream), SHOWN_TOKENS + 1))
-    starts = np.flatnonzero(ids == tokenizer.end_of_text)
-    ends = starts[starts > 0]
-    document = ids[1 : ends[0]] if len(ends) else ids[1:]
+    # Ready-made shards may begin inside a document.
+    ids = ids[int(ids[0] == tokenizer.end_of_text) :]
+    ends = np.flatnonzero(ids == tokenizer.end_of_text)
+    document = ids[: ends[0]] if len(ends) else ids
     text = gpt2_encoding(vocab_file).decode(document.tolist())
     print(to_json(manifest), end="")
     print(f"identity {manifest.identity}")

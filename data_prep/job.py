@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,3 +101,6 @@ class Job:
             raise UserError(f"--workers {self.workers}: must be at least 1")
         if self.limit_tokens is not None and self.limit_tokens < 1:
             raise UserError(f"--limit-tokens {self.limit_tokens}: must be at least 1; leave it out for no limit")
+        for name in ("minimum_language_score", "minimum_score"):
+            if (value := getattr(self, name)) is not None and not isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be a number; leave it out for no minimum")

@@ -50,7 +50,7 @@ class Schedule:
 
     def _from_worker(self) -> Iterator[PartRecord]:
         for unit in self._units:
-            record = self._found.get(unit.name)
+            record = self._found_for(unit)
             if record is None:
                 record = self._makers.make_part(unit, lambda *counts: self._show([counts]))
                 self._count(record)
@@ -63,7 +63,7 @@ class Schedule:
                 while ahead.has_room and not (ahead.waiting and self._may_be_enough(ahead.tokens)):
                     if (unit := next(self._units, None)) is None:
                         break
-                    ahead.put(unit, self._found.get(unit.name))
+                    ahead.put(unit, self._found_for(unit))
                 if not ahead.waiting:
                     return
                 for record in ahead.wait(0 if ahead.ready() else SECONDS_BETWEEN_REPORTS):
@@ -78,6 +78,11 @@ class Schedule:
             ) from None
         finally:
             self._makers.close()
+
+    def _found_for(self, unit: Unit) -> PartRecord | None:
+        """The part that is there already. A file that could not be cut, and now can, has other units of the same name."""
+        record = self._found.get(unit.name)
+        return record if record and (record.position, record.bytes) == (unit.position, unit.bytes) else None
 
     def _may_be_enough(self, waiting_tokens: int) -> bool:
         return self._limit_tokens is not None and self.assembled_tokens + waiting_tokens > self._limit_tokens

@@ -1,9 +1,10 @@
 """Makes a unit into a part: reads its documents, encodes them, and writes what they became."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from data_prep.backends import BackendName, Tiktoken, open_backend
 from data_prep.encoding import Encoded, encode_documents
 from data_prep.parts import DOCUMENT, PartRecord, PartWriter
 from data_prep.proof import Proof
-from data_prep.sources.source import Reader, Unit, Unreadable
+from data_prep.sources.source import Reader, Segment, Unit, Unreadable
 from data_prep.tokenizer import gpt2_ranks
 
 # Called with the bytes of the unit that have been read, and the documents and tokens that were written of it.
@@ -43,23 +44,28 @@ class Worker:
     def make_part(self, unit: Unit, report: Report = lambda position, documents, tokens: None) -> PartRecord:
         """Write the unit's part. Whatever goes wrong, ``report`` raising too, leaves nothing of it behind.
 
-        A unit that cannot be read to its end raises Unreadable; with skip_unreadable it is left out whole, as a part
-        without documents. Raises UserError where the backend and tiktoken differ.
+        A file of the unit that cannot be read to its end raises Unreadable; with skip_unreadable what the unit has of
+        it is left out whole. Raises UserError where the backend and tiktoken differ.
         """
-        try:
-            return self._make_part(unit, self.options.reader.read, report)
-        except Unreadable:
-            if not self.options.skip_unreadable:
-                raise
-        return self._make_part(unit, _nothing, report)
+        left_out: list[Segment] = []
+        while True:
+            try:
+                return self._make_part(unit, left_out, report)
+            except Unreadable as error:
+                found = [segment for segment in unit.segments if segment.name == error.name and segment not in left_out]
+                if not (self.options.skip_unreadable and found):
+                    raise
+                left_out += found
+                print(f"left out: {error.name}: cannot be read", file=sys.stderr, flush=True)
 
-    def _make_part(self, unit: Unit, read: Callable, report: Report) -> PartRecord:
-        tally: Counter[str] = Counter()
+    def _make_part(self, unit: Unit, left_out: list[Segment], report: Report) -> PartRecord:
+        tally: Counter[str] = Counter(unreadable=len(left_out))
+        readable = tuple(segment for segment in unit.segments if segment not in left_out)
         proof = None if self.backend is self._checker else Proof(unit.name, self.backend, self._checker)
         documents = tokens = text_bytes = cuts = 0
         writer = PartWriter(self.options.parts, unit, self.options.plan)
         try:
-            for batch in read(unit, tally):
+            for batch in self.options.reader.read(replace(unit, segments=readable), tally):
                 for encoded in encode_documents(self.backend, batch.documents):
                     rows = rows_of(encoded)
                     if proof:
@@ -92,8 +98,3 @@ def rows_of(encoded: Encoded) -> np.ndarray:
     rows["tokens"] = encoded.tokens
     return rows
 
-
-def _nothing(unit: Unit, tally: Counter[str]):
-    """In place of reading a unit that cannot be."""
-    tally["unreadable"] += 1
-    return ()

@@ -20,7 +20,7 @@ UNIT_BYTES = 32 * 2**20
 BATCH_BYTES = 2**20
 BATCH_ROWS = 512
 
-# Why documents are left out; data_prep.sources.checked says when. "unreadable" counts units, the others documents.
+# Why documents are left out; data_prep.sources.checked says when. "unreadable" counts segments, the others documents.
 DROPPED = ("empty", "bad_rows", "invalid_utf8", "too_long", "other_language", "low_score", "unreadable")
 Tally = Counter[str]
 

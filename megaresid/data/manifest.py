@@ -132,7 +132,7 @@ class Dropped(Record):
     too_long        the text was longer than one document may be
     other_language  the language was not the one asked for
     low_score       a score was below the least one asked for
-    unreadable      units (files or parts of large files) that could not be read and were skipped as asked
+    unreadable      files (or parts of large files) that could not be read and were skipped as asked
     duplicates      the text had come before
 
     ``of`` makes it of counts, zeros included.

@@ -5,6 +5,7 @@ import os
 import pty
 import signal
 import subprocess
+import struct
 import sys
 from collections import Counter
 
@@ -167,6 +168,15 @@ def test_ready_made_shards_are_adopted_and_converted(tmp_path, capsys):
     code, printed, _ = run(capsys, "convert", tmp_path / "nano", "--from", "nanogpt", "--out", tmp_path / "back")
     assert code == 0 and printed.splitlines()[-1].startswith(f"{tmp_path / 'back'}: ")
     assert read_shard(tmp_path / "back" / "train_000000.bin") == train
+
+
+def test_the_first_document_of_shards_that_begin_inside_one(tmp_path, capsys):
+    ids = gpt2_encoding().encode_ordinary("Hello world and more")
+    for name, held in (("train", [*ids, 50256, 40]), ("val", [50256, 40])):
+        header = struct.pack("<256i", 20240520, 1, len(held), *[0] * 253)
+        (tmp_path / f"{name}.bin").write_bytes(header + struct.pack(f"<{len(held)}H", *held))
+    assert run(capsys, "adopt", tmp_path)[0] == 0
+    assert run(capsys, "inspect", tmp_path)[1].endswith(":\nHello world and more\n")
 
 
 @pytest.mark.parametrize("sent, code, says", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])

@@ -268,6 +268,8 @@ def test_nothing_is_overwritten(rows, tmp_path):
         (dict(validation_fraction=1.0), "--validation-fraction 1.0: must be between"),
         (dict(workers=0), "--workers 0"),
         (dict(limit_tokens=0), "--limit-tokens 0"),
+        (dict(minimum_score=float("nan")), "--minimum-score nan"),
+        (dict(minimum_language_score=float("inf")), "--minimum-language-score inf"),
         (dict(validation_fraction=1e-9), "no document of 122 for the val split; use a larger"),
         (dict(validation_fraction=1 - 1e-9), "no document of 122 for the train split; use a smaller"),
         (dict(input=()), "--input"),

@@ -1,5 +1,6 @@
 """What is begun when, with a pool whose parts become complete when the test says so."""
 
+import dataclasses
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -101,3 +102,13 @@ def test_complete_parts_are_counted_and_not_made():
     assert [record.name for record in records] == [unit.name for unit in units(12)]
     assert pool.reports[0] == (0.5, 6, 6 * TOKENS)
     assert not {unit.name for unit in pool.begun} & set(found)
+
+
+def test_a_part_of_another_unit_of_the_same_name_is_made_anew():
+    """As of a file that could not be cut when its part was made."""
+    for change in (dict(bytes=99), dict(position=9)):
+        pool, (kept, other) = HandPool(), units(2)
+        found = {kept.name: record_of(kept), other.name: record_of(dataclasses.replace(other, **change))}
+        records = Schedule(iter([kept, other]), found, pool, 20, None, pool.report).records()
+        assert list(records) == [record_of(kept), record_of(other)]
+        assert pool.begun == [other]

@@ -1,17 +1,19 @@
+import gzip
 import hashlib
 import pickle
 import random
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from test_backends import random_text
 
 from data_prep import proof
 from data_prep.parts import read_record
-from data_prep.sources.source import Batch, Reader, Unit, Unreadable
+from data_prep.sources.source import Batch, Reader, Segment, Unit, Unreadable
+from data_prep.sources.text import TextReader
 from data_prep.tokenizer import gpt2_encoding
 from data_prep.worker import Worker, WorkerOptions
 from megaresid.errors import UserError
@@ -106,16 +108,34 @@ def test_a_report_may_stop_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_read_is_left_out_whole_when_asked(tmp_path):
-    reader = Given((texts(3, 5),), Unreadable("a.parquet", "broken off"))
-    record = worker(tmp_path, reader, skip_unreadable=True).make_part(UNIT)
+def test_what_cannot_be_read_is_left_out_whole_when_asked(tmp_path, capsys):
+    """Of a unit of several files, only those at fault: the part is that of the others."""
+    files = []
+    for number in range(6):
+        text = gzip.compress(f"text {number}".encode())
+        path = tmp_path / f"{number}.txt.gz"
+        path.write_bytes(text[:20] if number in (1, 4) else text)
+        files.append(Segment(path, path.name))
+    unit = replace(UNIT, segments=tuple(files))
+    asked = worker(tmp_path, TextReader(), skip_unreadable=True)
+    record = asked.make_part(unit)
+    assert record.dropped == {"unreadable": 2} and record.documents == 4
+    ids = [id for number in (0, 2, 3, 5) for id in (50256, *ENCODE(f"text {number}"))]
+    assert (tmp_path / f"{NAME}.ids").read_bytes() == struct.pack(f"<{len(ids)}H", *ids)
+    assert read_record(tmp_path, NAME, PLAN) == record
+    assert capsys.readouterr().err.splitlines() == [f"left out: {n}.txt.gz: cannot be read" for n in (1, 4)]
+
+    record = asked.make_part(replace(UNIT, segments=(files[1],)))
     assert record.dropped == {"unreadable": 1}
     assert record.documents == record.tokens == record.text_bytes == 0 and record.blocks == ()
-    assert read_record(tmp_path, NAME, PLAN) == record
-    assert (tmp_path / f"{NAME}.ids").read_bytes() == (tmp_path / f"{NAME}.docs").read_bytes() == b""
-    reader = Given((texts(3, 5),), UserError("--text-column nothing: no such column"))
-    with pytest.raises(UserError, match="--text-column nothing"):
-        worker(tmp_path, reader, skip_unreadable=True).make_part(UNIT)
+    with pytest.raises(Unreadable, match="1.txt.gz"):
+        worker(tmp_path, TextReader()).make_part(unit)
+
+
+def test_what_is_no_fault_of_a_file_stops_it(tmp_path):
+    for error in (UserError("--text-column nothing: no such column"), Unreadable("of no segment", "broken off")):
+        with pytest.raises(UserError, match=str(error)[:20]):
+            worker(tmp_path, Given((texts(3, 5),), error), skip_unreadable=True).make_part(UNIT)
 
 
 def test_a_missing_vocabulary_is_told(tmp_path):
