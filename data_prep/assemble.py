@@ -53,9 +53,9 @@ class Assembler:
 
     Of documents with the same text (the first 128 bits of its sha256) the first is taken where ``cut`` says so.
     Documents are taken whole while both splits together stay within the limit in tokens; the first that would pass it
-    ends the data set, and what came after the last one taken counts for nothing, but for what the workers left out of
-    the part where it ended. Memory holds one block of a part. Folder ``parts`` lends the place for the digests that
-    were seen. As a context manager it deletes its shards where ``finish`` was not reached.
+    ends the data set, and what came after the last one taken counts for nothing, but for what the workers left out
+    and cut in the part where it ended. Memory holds one block of a part. Folder ``parts`` lends the place for the
+    digests that were seen. As a context manager it deletes its shards where ``finish`` was not reached.
     """
 
     def __init__(self, out: Path, parts: Path, cut: Cut):

@@ -9,7 +9,7 @@ import megaresid
 from data_prep import tokenizer
 from data_prep.assemble import Assembled, Cut
 from data_prep.plan import Plan
-from megaresid.data.manifest import Content, Dropped, Manifest, Options, Provenance, SourceFiles
+from megaresid.data.manifest import Content, Dropped, Manifest, Options, Provenance, Source, SourceFiles
 from megaresid.errors import UserError
 
 LIBRARIES = ("tiktoken", "gigatoken", "numpy", "pyarrow")
@@ -31,19 +31,30 @@ def manifest_of(
     return Manifest(schema=1, content=content_of(plan, assembled), provenance=provenance)
 
 
-def content_of(plan: Plan, assembled: Assembled) -> Content:
+def options_of(plan: Plan) -> Options:
     reading, cutting = plan.reading, plan.cutting
+    return Options(
+        shard_tokens=cutting.shard_tokens,
+        validation_fraction=cutting.validation_fraction,
+        language=reading.language,
+        minimum_language_score=reading.minimum_language_score,
+        minimum_score=reading.minimum_score,
+        deduplicate=cutting.deduplicate or None,
+        limit_tokens=cutting.limit_tokens,
+    )
+
+
+def may_be_of(plan: Plan, manifest: Manifest) -> bool:
+    """Whether a data set has the options and, as far as it is known beforehand, the source of this plan."""
+    source = manifest.content.source
+    expected = Source(**plan.described_source(source.revision.removeprefix("sha256:")))
+    return source == expected and manifest.content.options == options_of(plan)
+
+
+def content_of(plan: Plan, assembled: Assembled) -> Content:
     return Content(
         source=plan.described_source(assembled.documents_sha256),
-        options=Options(
-            shard_tokens=cutting.shard_tokens,
-            validation_fraction=cutting.validation_fraction,
-            language=reading.language,
-            minimum_language_score=reading.minimum_language_score,
-            minimum_score=reading.minimum_score,
-            deduplicate=cutting.deduplicate or None,
-            limit_tokens=cutting.limit_tokens,
-        ),
+        options=options_of(plan),
         tokenizer={
             "name": tokenizer.NAME,
             "sha256": plan.tokenizer_sha256,

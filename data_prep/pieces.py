@@ -10,13 +10,13 @@ from collections.abc import Iterator
 PIECE_BYTES = 2**16
 # How far before the place to cut a sure boundary is looked for at first. In bytes.
 NEAR = 1024
-# Characters of which every version of Unicode says the same. The apostrophe stands apart: letters after it may be of its
-# pre-token, as in "'re".
+# Characters of which every version of Unicode says the same. The apostrophe stands apart: letters after it may be of
+# its pre-token, as in "'re".
 LETTERS = "A-Za-zÀ-ÖØ-öø-ÿΑ-ΡΣ-Ωα-ωА-яぁ-ゖァ-ヺ一-龥가-힣"
 DIGITS = "0-9０-９"
 SYMBOLS = r"""!-&(-/:-@[-`{-~、。「」！，．：；？"""
-# Where a pre-token begins whatever comes before and after: at a space or line feed after anything that is not white space,
-# and between two kinds of characters.
+# Where a pre-token begins whatever comes before and after: at a space or line feed after anything that is not white
+# space, and between two kinds of characters.
 BOUNDARY = re.compile(
     rf"(?<=\S)[ \n]|(?<=[{LETTERS}])(?=[{DIGITS}{SYMBOLS}'])|(?<=[{DIGITS}])(?=[{LETTERS}{SYMBOLS}'])"
     rf"|(?<=[{SYMBOLS}])(?=[{LETTERS}{DIGITS}])"

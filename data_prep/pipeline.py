@@ -6,7 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from data_prep.assemble import Assembler
-from data_prep.content import cut_of, manifest_of
+from data_prep.content import cut_of, manifest_of, may_be_of
 from data_prep.estimate import check_download, estimate, gigabytes, sample_of
 from data_prep.job import Job
 from data_prep.manifest import write_manifest
@@ -49,9 +49,13 @@ def prepare(job: Job, report: Report = no_report, say: Callable[[str], None] = l
         if before := unfinished_plan(job.out):
             check_same(before, plan, job.out)
         if (job.out / MANIFEST_NAME).exists():
+            # It was stopped at the very end, when parts or no more than their folder were left to remove.
+            manifest = load_manifest(job.out)
+            if not before and not may_be_of(plan, manifest):
+                raise UserError(f"--out {job.out}: already holds a data set; name another folder, or delete this one")
             with held(job.out, plan, job.resume) as parts:
                 remove_parts(parts)
-            return load_manifest(job.out)
+            return manifest
         return _prepare(job, source, plan, report, say)
     except OSError as error:
         where, what = error.filename or job.out, error.strerror or error
@@ -93,10 +97,12 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         schedule = Schedule(units, found, pool or worker, source.bytes / job.share.of, limit, report)
         if job.partition:
             with closing(schedule.records()) as records:
-                write_share(parts, plan, [record.name for record in records])
+                names = [record.name for record in records]
+            source.check_unchanged()
+            write_share(parts, plan, names)
             return None
         try:
-            manifest = _assemble(job, plan, parts, schedule)
+            manifest = _assemble(job, source, plan, parts, schedule)
         except BaseException:
             # An interruption may come when the data set is complete.
             if not (job.out / MANIFEST_NAME).exists():
@@ -107,12 +113,13 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
     return manifest
 
 
-def _assemble(job: Job, plan: Plan, parts: Path, schedule: Schedule) -> Manifest:
+def _assemble(job: Job, source: Source, plan: Plan, parts: Path, schedule: Schedule) -> Manifest:
     with Assembler(job.out, parts, cut_of(plan)) as assembler, closing(schedule.records()) as records:
         for record in records:
             if not assembler.add(record, parts):
                 break
             schedule.assembled_tokens = assembler.tokens
+        source.check_unchanged()
         assembled = assembler.finish()
     try:
         manifest = manifest_of(plan, assembled, workers=job.workers)

@@ -80,7 +80,7 @@ class Schedule:
             self._makers.close()
 
     def _found_for(self, unit: Unit) -> PartRecord | None:
-        """The part that is there already. A file that could not be cut, and now can, has other units of the same name."""
+        """The part that is there. A file that could not be cut, and now can, has other units of the same name."""
         record = self._found.get(unit.name)
         return record if record and (record.position, record.bytes) == (unit.position, unit.bytes) else None
 

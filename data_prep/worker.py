@@ -76,6 +76,8 @@ class Worker:
                     cuts += encoded.cuts
                     text_bytes += sum(map(len, encoded.documents))
                     report(batch.position, documents, tokens)
+            for segment in readable:
+                segment.check_size()
             if proof:
                 proof.finish()
             return writer.finish(

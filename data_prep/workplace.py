@@ -67,11 +67,12 @@ def held(out: Path, plan: Plan, resume: bool) -> Iterator[Path]:
 
 
 def found_records(out: Path, plan: Plan) -> dict[str, PartRecord]:
-    """The records of the complete parts in ``out``, by the name of their units."""
+    """The records of the complete parts in ``out``, by the name of their units. What lacks a file that could not be
+    read is no complete part: it is tried again."""
     parts = out / PARTS
     names = sorted(path.stem for path in _records(parts))
     found = {name: read_record(parts, name, plan.sha256) for name in names}
-    return {name: record for name, record in found.items() if record is not None}
+    return {name: record for name, record in found.items() if record and not record.dropped.get("unreadable")}
 
 
 def remove_records(parts: Path) -> None:

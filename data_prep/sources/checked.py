@@ -12,9 +12,9 @@ The first of these that holds, in this order:
 Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD. Blank lines of JSON are no rows. Of a line
 of 8 MiB or more nothing but the fields that are wanted is parsed: what is wrong in the others does not show.
 
-A file that cannot be read to its end is an error, or with --skip-unreadable counted as "unreadable" and left out whole (of
-a file that is read in parts, the part): one that vanished, is cut short or damaged, became shorter since it was listed,
-or a Parquet file with a page of more than 192 MiB. What looks like a wrong option is always an error: a file without the text column or a filter's column
+A file that cannot be read to its end is an error, or with --skip-unreadable counted as "unreadable" and left out whole
+(of a file that is read in parts, the part): one that vanished, is cut short or damaged, has another size than when it
+was listed, or a Parquet file with a page of more than 192 MiB. What looks like a wrong option is always an error: a file without the text column or a filter's column
 (for JSON: in its first row), and a unit of at least 10 bad rows (bad_rows and invalid_utf8) that are more than half of
 its rows.
 """

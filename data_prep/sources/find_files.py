@@ -8,12 +8,13 @@ from megaresid.errors import UserError
 
 
 def find_files(inputs: tuple[str, ...], suffixes: tuple[str, ...]) -> list[File]:
-    """The files that the inputs name, each once, in the order of the inputs and sorted by path within one.
+    """The files that the inputs name, each once (also by another spelling or a link), in the order of the inputs and
+    sorted by path within one.
 
     A folder stands for the files in and below it with one of the suffixes; a file or a pattern is taken as it is.
     Raises UserError for an input that gives none.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -25,8 +26,9 @@ def find_files(inputs: tuple[str, ...], suffixes: tuple[str, ...]) -> list[File]
         if not files:
             kinds = f"no {' or '.join(suffixes)} files in it" if path.is_dir() else "no such file, folder or match"
             raise UserError(f"--input {name}: {kinds}; check the path")
-        found.update(dict.fromkeys(files))
-    return [local_file(path) for path in found]
+        for path in files:
+            found.setdefault(path.resolve(), path)
+    return [local_file(path) for path in found.values()]
 
 
 def local_file(path: Path) -> File:

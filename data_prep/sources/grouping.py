@@ -1,6 +1,7 @@
 """Cuts a list of files into units, by the files alone."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.sources.source import UNIT_BYTES, WHOLE, File, Segment, Share, Unit
@@ -25,7 +26,7 @@ def units_of(
             if share.meets(position, size, total):
                 yield from _units_of_large(group, position, run[0], fetch, cut, share, total)
         elif share.has(position, total):
-            segments = tuple(Segment(fetch(file), file.name) for file in run)
+            segments = tuple(Segment(fetch(file), file.name, size=file.bytes) for file in run)
             yield Unit(group, 0, position, size, segments)
         position += size
 
@@ -50,5 +51,5 @@ def groups(files: list[File]) -> Iterator[list[File]]:
 def _units_of_large(group, position, file, fetch, cut, share, total) -> Iterator[Unit]:
     for index, (segment, size) in enumerate(cut(file, fetch(file))):
         if share.has(position, total):
-            yield Unit(group, index, position, size, (segment,))
+            yield Unit(group, index, position, size, (replace(segment, size=file.bytes),))
         position += size

@@ -54,12 +54,21 @@ class File:
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of one local file: [first, last) in bytes (jsonl) or row groups (parquet), 0 and 0 for the whole."""
+    """A range of one local file: [first, last) in bytes (jsonl) or row groups (parquet), 0 and 0 for the whole.
+
+    ``size`` is that of the whole file, in bytes, when it was listed; None where it is not held to that.
+    """
 
     path: Path
     name: str
     first: int = 0
     last: int = 0
+    size: int | None = None
+
+    def check_size(self) -> None:
+        """Raise Unreadable where the file is longer or shorter than when it was listed."""
+        if self.size is not None and (size := self.path.stat().st_size) != self.size:
+            raise Unreadable(self.name, f"{size} bytes, and {self.size} when it was listed")
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,13 @@ class Source:
     def download_bytes(self, share: Share = WHOLE) -> int:
         """What a share has to download to ``download_folder`` before it can be read."""
         return 0
+
+    def check_unchanged(self) -> None:
+        """Raise UserError for a local file that was changed since it was listed."""
+        for file in self.files:
+            status = Path(file.name).stat()
+            if (status.st_size, str(status.st_mtime_ns)) != (file.bytes, file.stamp):
+                raise UserError(f"{file.name}: changed while the job read it; delete --out and start anew")
 
     def describe(self, documents_sha256: str) -> dict[str, str]:
         """What the manifest says of the source; ``documents_sha256`` is the hash of the documents as they came."""

@@ -4,8 +4,8 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import struct
+import subprocess
 import sys
 from collections import Counter
 

@@ -39,7 +39,14 @@ def test_pieces_give_the_ids_of_the_whole(text, size, near):
 
 
 # Kinds of characters as tiktoken's pattern has them, of which Unicode's versions agree; and some of which they do not.
-KINDS = ["azAZéñßЖяΩλ字一龥ぁんァヺ가힣", "0129０９", "!&(/:@[`{~、。「」！？，", "'", " \n\t\u3000\x1c\x85", "٣ⅷ²ªªʰ々ー\u0301🙂"]
+KINDS = [
+    "azAZéñßЖяΩλ字一龥ぁんァヺ가힣",
+    "0129０９",
+    "!&(/:@[`{~、。「」！？，",
+    "'",
+    " \n\t\u3000\x1c\x85",
+    "٣ⅷ²ªʰ々ー\u0301🙂",
+]
 UNSURE = "\U0001e6e0\u058c\u0cdc\ua7ce\U00010940"
 
 

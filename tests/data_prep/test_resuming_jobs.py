@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -304,6 +305,56 @@ def test_workers_and_backend_may_change_between_runs(rows, tmp_path, whole):
     started = unfinished(rows, tmp_path / "out", **CUT, tokenizer_backend="tiktoken")
     prepare(dataclasses.replace(started, resume=True, workers=2, tokenizer_backend="auto", skip_unreadable=True))
     assert data_set(tmp_path / "out") == whole
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path):
+    """A passing fault of a disk leaves no gap behind."""
+    texts = [tmp_path / "in" / f"{n}.jsonl.gz" for n in range(4)]
+    texts[0].parent.mkdir()
+    for n, path in enumerate(texts):
+        rows = "".join(json.dumps({"text": f"{n} {i} {'and so on ' * 9}"}) + "\n" for i in range(60))
+        path.write_bytes(gzip.compress(rows.encode(), 0))
+    whole = prepare(job(tmp_path / "in", tmp_path / "whole"))
+    good, times = texts[1].read_bytes(), texts[1].stat()
+
+    def write(data):
+        texts[1].write_bytes(data)
+        os.utime(texts[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    write(good[:-40] + bytes(40))
+    started = unfinished(tmp_path / "in", tmp_path / "out", parts=3, skip_unreadable=True)
+    write(good)
+    assert prepare(dataclasses.replace(started, resume=True, skip_unreadable=False)).content == whole.content
+
+
+def test_a_data_set_is_not_taken_for_that_of_another_job(rows, tmp_path):
+    """Where nothing but an empty folder is left of a job that was killed at its end, there is no plan to compare."""
+    started = job(rows, tmp_path / "out")
+    made = prepare(started)
+    for change in (dict(validation_fraction=0.5), dict(deduplicate=True), dict(source="parquet"), {}):
+        (tmp_path / "out" / "parts").mkdir(exist_ok=True)
+        again = dataclasses.replace(started, resume=True, **change)
+        if change:
+            with pytest.raises(UserError):
+                prepare(again)
+        else:
+            assert prepare(again) == made
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_file_that_changes_while_it_is_read_gives_no_data_set(rows, tmp_path, monkeypatch):
+    make_part = Worker.make_part
+
+    def touching(worker, unit, report):
+        os.utime(rows)
+        return make_part(worker, unit, report)
+
+    monkeypatch.setattr(Worker, "make_part", touching)
+    for options in ({}, dict(partition=Share(1, 2))):
+        out = tmp_path / f"out{len(options)}"
+        with pytest.raises(UserError, match="changed while the job read it"):
+            prepare(job(rows, out, **options))
+        assert not (out / MANIFEST_NAME).exists() and not (out / "parts" / "share.json").exists()
 
 
 def test_resume_of_nothing_begins(rows, tmp_path, whole):

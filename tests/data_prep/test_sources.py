@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 from collections import Counter
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from reading import read, read_unit, source_of
 
 from data_prep.sources import batches, grouping, text
 from data_prep.sources.checked import Filters, is_blank, is_utf8, refusal
+from data_prep.sources.find_files import find_files
 from data_prep.sources.grouping import units_of
 from data_prep.sources.source import DROPPED, WHOLE, File, Segment, Share, Unit, Unreadable
 from megaresid.errors import UserError
@@ -159,13 +161,14 @@ def units(sizes, share=WHOLE, fetched=None):
 
 def test_small_files_are_gathered_and_large_ones_cut(monkeypatch):
     monkeypatch.setattr(grouping, "UNIT_BYTES", 10)
-    made = units([3, 4, 5, 2, 12, 0, 9, 10, 0])
+    sizes = [3, 4, 5, 2, 12, 0, 9, 10, 0]
+    made = units(sizes)
 
     def whole(*numbers):
-        return tuple(Segment(Path("here", f"f{n}"), f"f{n}", 0, 0) for n in numbers)
+        return tuple(Segment(Path("here", f"f{n}"), f"f{n}", 0, 0, sizes[n]) for n in numbers)
 
     def part(number, first, last):
-        return (Segment(Path("here", f"f{number}"), f"f{number}", first, last),)
+        return (Segment(Path("here", f"f{number}"), f"f{number}", first, last, sizes[number]),)
 
     assert made == [
         Unit(0, 0, 0, 12, whole(0, 1, 2)),
@@ -278,3 +281,34 @@ def test_batches_are_of_one_mebibyte_or_one_document(tmp_path, monkeypatch):
     assert found == [[2**19, 2**19], [1], [2**21], [5, 6] + [1] * 48, [1] * 50, [1] * 22]
     assert [batch.position for batch in made[:3]] == [2**20, 2**20 + 1, 2**20 + 1 + 2**21]
     assert made[-1].position == unit.bytes == opened.bytes == sum(sizes)
+
+
+def test_a_file_is_read_once_however_it_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    (tmp_path / "link.txt").symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    spelled = ("a.txt", str(file), "below/../a.txt", "link.txt", "*.txt")
+    assert [found.name for found in find_files(spelled, (".txt",))] == ["a.txt"]
+
+
+def test_a_change_since_the_listing_is_told(tmp_path):
+    source = source_of("text", *(write_text(tmp_path / name, "text") for name in ("a.txt", "b.txt")))
+    source.check_unchanged()
+    [unit] = source.units()
+    for segment in unit.segments:
+        segment.check_size()
+    status = (tmp_path / "b.txt").stat()
+    os.utime(tmp_path / "b.txt", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UserError, match="b.txt: changed while the job read it"):
+        source.check_unchanged()
+    for found in ("tex", "texts"):
+        (tmp_path / "b.txt").write_text(found)
+        with pytest.raises(Unreadable, match=f"b.txt: cannot be read .{len(found)} bytes, and 4 when it was listed"):
+            unit.segments[1].check_size()
+
+
+def write_text(path, text):
+    path.write_text(text)
+    return path

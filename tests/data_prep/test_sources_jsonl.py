@@ -189,7 +189,8 @@ def test_compressed_files_are_not_cut(tmp_path, monkeypatch):
     for name in ("a.jsonl.gz", "b.jsonl.zst"):
         path = write(tmp_path / name, {"text": "a"}, {"text": "b"})
         [unit] = source_of("jsonl", path).units()
-        assert unit.segments == (Segment(path, str(path), 0, 0),) and unit.bytes == path.stat().st_size
+        size = path.stat().st_size
+        assert unit.segments == (Segment(path, str(path), 0, 0, size),) and unit.bytes == size
         assert cut_documents(path) == (["a", "b"], {})
 
 

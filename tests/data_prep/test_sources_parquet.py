@@ -166,7 +166,7 @@ def test_a_large_file_is_cut_at_row_groups(tmp_path, monkeypatch):
             ends += [first] if first else []
     bounds = [0, *ends, len(sizes)]
     assert [unit.segments for unit in units] == [
-        (Segment(path, str(path), first, last),) for first, last in zip(bounds, bounds[1:], strict=False)
+        (Segment(path, str(path), first, last, source.bytes),) for first, last in zip(bounds, bounds[1:], strict=False)
     ]
     positions = [source.bytes * sum(sizes[:first]) // sum(sizes) for first in bounds[:-1]]
     assert [unit.position for unit in units] == positions

@@ -132,6 +132,16 @@ def test_what_cannot_be_read_is_left_out_whole_when_asked(tmp_path, capsys):
         worker(tmp_path, TextReader()).make_part(unit)
 
 
+def test_a_file_that_became_shorter_makes_no_part(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("short")
+    unit = replace(UNIT, segments=(Segment(path, "a.txt", size=6),))
+    with pytest.raises(Unreadable, match="5 bytes, and 6 when it was listed"):
+        worker(tmp_path, TextReader()).make_part(unit)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert worker(tmp_path, TextReader(), skip_unreadable=True).make_part(unit).dropped == {"unreadable": 1}
+
+
 def test_what_is_no_fault_of_a_file_stops_it(tmp_path):
     for error in (UserError("--text-column nothing: no such column"), Unreadable("of no segment", "broken off")):
         with pytest.raises(UserError, match=str(error)[:20]):
