@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.durable import write_text
 from data_prep.progress import Report, no_report
 from megaresid.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES, check_shard
@@ -22,15 +22,7 @@ def to_json(manifest: Manifest) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make the folder a data set: the manifest appears whole or not at all."""
-    partial = folder / f"{MANIFEST_NAME}.partial"
-    try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(to_json(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / MANIFEST_NAME)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(folder / MANIFEST_NAME, to_json(manifest))
 
 
 def verify_shards(

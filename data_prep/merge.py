@@ -11,7 +11,7 @@ from data_prep.manifest import write_manifest
 from data_prep.parts import PartRecord, read_record
 from data_prep.plan import PARTS, Plan, load_plan, load_share
 from data_prep.progress import Report, no_report
-from data_prep.workplace import check_folder, remove_shards
+from data_prep.workplace import alone_in, check_folder, remove_shards
 from megaresid.data.manifest import MANIFEST_NAME, Manifest
 from megaresid.data.shards import TOKEN_BYTES
 from megaresid.errors import UserError
@@ -35,15 +35,18 @@ def merge(folders: list[Path], out: Path, report: Report = no_report) -> Manifes
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _check_space(out, [record for record, _ in records], first)
-        manifest = _assemble(records, first, out, len(shares), report)
-    except BaseException as error:
-        if not (out / MANIFEST_NAME).exists():
-            _remove(out, made)
-        if isinstance(error, OSError):
-            raise UserError(f"{error.filename or out}: {error.strerror}; mend that and merge again") from error
-        raise
-    return manifest
+        with alone_in(out):
+            # Another merge may have come to its end before the folder was free.
+            check_folder(out, resume=False)
+            try:
+                _check_space(out, [record for record, _ in records], first)
+                return _assemble(records, first, out, len(shares), report)
+            except BaseException:
+                if not (out / MANIFEST_NAME).exists():
+                    _remove(out, made)
+                raise
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; mend that and merge again") from error
 
 
 def _remove(out: Path, made: list[Path]) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
+from data_prep.durable import write_text
 from data_prep.sources.source import Unit
 from megaresid.data.manifest import Record
 from megaresid.errors import UserError
@@ -107,19 +108,14 @@ class PartWriter:
             proven_bytes=proven_bytes,
             blocks=tuple(self._blocks),
         )
-        partial = _path(self.folder, record.name, "json.partial")
-        with open(partial, "w", encoding="ascii") as file:
-            file.write(record.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, _path(self.folder, record.name, "json"))
+        write_text(_path(self.folder, record.name, "json"), record.model_dump_json() + "\n")
         return record
 
     def discard(self) -> None:
         """Delete what was written."""
         for file in (self._ids, self._docs):
             file.close()
-        for ending in ("ids", "docs", "json.partial"):
+        for ending in ("ids", "docs"):
             _path(self.folder, self.unit.name, ending).unlink(missing_ok=True)
 
     def _start_block(self) -> None:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
+from data_prep.durable import write_text
 from data_prep.job import Job
 from data_prep.sources.source import MOST_BYTES, UNIT_BYTES, Source
 from data_prep.tokenizer import RANKS_SHA256
@@ -191,10 +191,4 @@ def _load(kind: type[R], path: Path) -> R:
 
 
 def _write(path: Path, record: Record) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record.model_dump(mode="json"), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, json.dumps(record.model_dump(mode="json"), indent=1) + "\n")

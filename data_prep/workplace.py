@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -98,6 +99,17 @@ def remove_shards(out: Path) -> None:
     for path in out.iterdir():
         if SHARD.fullmatch(path.name) or path.name == f"{MANIFEST_NAME}.partial":
             path.unlink()
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold a folder that is there for this process, without a file in it. UserError where another one does."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        _lock(descriptor, out)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_contents(out: Path, resume: bool) -> None:

@@ -14,9 +14,9 @@ of 8 MiB or more nothing but the fields that are wanted is parsed: what is wrong
 
 A file that cannot be read to its end is an error, or with --skip-unreadable counted as "unreadable" and left out whole
 (of a file that is read in parts, the part): one that vanished, is cut short or damaged, has another size than when it
-was listed, or a Parquet file with a page of more than 192 MiB. What looks like a wrong option is always an error: a file without the text column or a filter's column
-(for JSON: in its first row), and a unit of at least 10 bad rows (bad_rows and invalid_utf8) that are more than half of
-its rows.
+was listed, or a Parquet file with a page of more than 192 MiB.
+What looks like a wrong option is always an error: a file without the text column or a filter's column (for JSON: in its
+first row), and a unit of at least 10 bad rows (bad_rows and invalid_utf8) that are more than half of its rows.
 """
 
 import codecs

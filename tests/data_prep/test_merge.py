@@ -9,6 +9,7 @@ from data_prep import merge as merging
 from data_prep import writer
 from data_prep.merge import merge
 from data_prep.plan import DOCUMENTS_SHA256, Cutting, Plan, PlannedFile, PlannedShare, Reading, write_plan, write_share
+from data_prep.workplace import alone_in
 from megaresid.data.manifest import load_manifest
 from megaresid.errors import UserError
 
@@ -262,3 +263,13 @@ def test_a_split_without_documents(tmp_path, parts):
     with pytest.raises(UserError, match="--validation-fraction 1e-09: leaves no document of 60 for the val"):
         merge([share], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_merges_into_one_folder(tmp_path, shares):
+    out = tmp_path / "merged"
+    out.mkdir()
+    with alone_in(out), pytest.raises(UserError, match="--out .*merged: another process is at work on it"):
+        merge(shares, out)
+    assert list(out.iterdir()) == []
+    merge(shares, out)
+    assert load_manifest(out)
