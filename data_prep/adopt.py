@@ -46,7 +46,7 @@ def adopt(folder: Path, report: Report = no_report) -> Manifest:
 
 def _shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: {'is a file; name its folder' if folder.exists() else 'no such folder'}")
     if (folder / MANIFEST_NAME).exists():
         raise UserError(f"{folder}: has a {MANIFEST_NAME}, it is a data set as it is")
     if (folder / PARTS / PLAN).exists():

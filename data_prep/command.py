@@ -38,6 +38,7 @@ from megaresid.errors import UserError, exits_with_user_errors
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 # Of the first document, for reading.
 SHOWN_TOKENS = 1000
+SHARES_SHOWN = 4
 # What the manifest counts, in words.
 LEFT_OUT = {
     "empty": "empty documents",
@@ -67,7 +68,8 @@ def make(job: Job) -> None:
     if manifest is not None:
         summarize(job.out, manifest, seconds)
     elif job.partition:
-        others = " ".join(f"SHARE-{number}" for number in range(1, job.partition.of + 1))
+        others = " ".join(f"SHARE-{number}" for number in range(1, min(job.partition.of, SHARES_SHOWN) + 1))
+        others += " ..." if job.partition.of > SHARES_SHOWN else ""
         print(f"{job.out}: share {job.partition} is finished, in {duration(seconds)}; when all are:")
         print(f"    python -m data_prep merge {others} --out DIR")
 
@@ -131,7 +133,11 @@ def verify(folder: Folder) -> None:
         print(problem, file=sys.stderr)
     if problems:
         sys.exit(1)
-    print(f"{folder}: {len(manifest.content.shards)} shard(s) as written, data {manifest.identity[:16]}")
+    listed = {entry.name for entry in manifest.content.shards}
+    for path in sorted(folder.glob("*.bin")):
+        if path.name not in listed:
+            print(f"{path}: not of this data set, the manifest does not list it", file=sys.stderr)
+    print(f"{folder}: {len(listed)} shard(s) as written, data {manifest.identity[:16]}")
 
 
 def adopt(folder: Folder) -> None:

@@ -75,6 +75,9 @@ def _check_splits(plan: Plan, assembled: Assembled) -> None:
     if not total:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(assembled.dropped.items()) if count)
         where = f"--input {' '.join(plan.inputs)}" if plan.inputs else f"--source {plan.reading.source}"
+        if assembled.limited:
+            limit = plan.cutting.limit_tokens
+            raise UserError(f"--limit-tokens {limit}: the first document of {where} has more; use a higher limit")
         raise UserError(f"{where}: no document to keep in it (left out: {left_out or 'none'}); check files and options")
     for split, counts in assembled.splits.items():
         if not counts.documents:

@@ -14,8 +14,9 @@ from data_prep.encoding import encode_documents
 from data_prep.job import Job
 from data_prep.parts import DOCUMENT, PartRecord
 from data_prep.progress import duration
+from data_prep.schedule import AHEAD
 from data_prep.sources.source import Reader, Share, Source, Unit, Unreadable
-from megaresid.data.shards import TOKEN_BYTES
+from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES
 from megaresid.errors import UserError
 
 # Places of a source that are sampled, where it is on this machine: documents are often sorted by where they are from.
@@ -133,13 +134,16 @@ def take_sample(reader: Reader, unit: Unit, backend: Backend, skip_unreadable: b
     return Sample(source_bytes, documents, text_bytes, encoded_bytes, tokens, reading, encoding)
 
 
-def estimate(job: Job, source: Source, sample: Sample, found: Iterable[PartRecord], workers: int) -> Estimate:
-    """What the job will take, if all of its source is like the sample; ``found`` are the parts that are there."""
+def estimate(
+    job: Job, source: Source, sample: Sample, found: Iterable[PartRecord], workers: int, unit_bytes: int
+) -> Estimate:
+    """What the job will take, if all of its source is like the sample; ``found`` are the parts that are there, and
+    ``unit_bytes`` what a unit covers of the source: where there is a limit in tokens, parts go beyond it."""
 
     def ratio(a: float, b: float) -> float:
         return a / b if b else 0.0
 
-    share_bytes = source.bytes // job.share.of
+    share_bytes = parts_bytes = source.bytes // job.share.of
     documents_per_byte = ratio(sample.documents, sample.source_bytes)
     text_per_byte = ratio(sample.text_bytes, sample.source_bytes)
     tokens_per_byte = text_per_byte * ratio(sample.tokens, sample.encoded_bytes)
@@ -148,16 +152,22 @@ def estimate(job: Job, source: Source, sample: Sample, found: Iterable[PartRecor
     )
     if job.limit_tokens is not None and tokens_per_byte and not job.partition:
         share_bytes = min(share_bytes, ceil(job.limit_tokens / tokens_per_byte))
+        # The one with the last document, and those that workers began meanwhile.
+        parts_bytes = min(parts_bytes, share_bytes + (1 + AHEAD * workers) * unit_bytes)
     documents, tokens = ceil(share_bytes * documents_per_byte), ceil(share_bytes * tokens_per_byte)
-    left = max(share_bytes - sum(record.bytes for record in found), 0)
-    parts = left * (TOKEN_BYTES * tokens_per_byte + DOCUMENT.itemsize * documents_per_byte)
+    if job.limit_tokens is not None and not job.partition:
+        tokens = min(tokens, job.limit_tokens)
+    kept = sum(record.bytes for record in found)
+    left, left_parts = max(share_bytes - kept, 0), max(parts_bytes - kept, 0)
+    shards = TOKEN_BYTES * tokens + HEADER_BYTES * (2 + tokens // job.shard_tokens)
+    parts = left_parts * (TOKEN_BYTES * tokens_per_byte + DOCUMENT.itemsize * documents_per_byte)
     seen = SEEN_BYTES * documents if job.deduplicate else 0
     return Estimate(
         source_bytes=share_bytes,
         documents=documents,
         tokens=tokens,
         parts_bytes=ceil(parts) + seen,
-        shards_bytes=0 if job.partition else TOKEN_BYTES * tokens,
+        shards_bytes=0 if job.partition else shards,
         download_bytes=source.download_bytes(job.share),
         download_folder=source.download_folder,
         seconds=left * seconds_per_byte / workers,

@@ -101,6 +101,25 @@ class Job:
             raise UserError(f"--workers {self.workers}: must be at least 1")
         if self.limit_tokens is not None and self.limit_tokens < 1:
             raise UserError(f"--limit-tokens {self.limit_tokens}: must be at least 1; leave it out for no limit")
+        self._check_ignored()
         for name in ("minimum_language_score", "minimum_score"):
             if (value := getattr(self, name)) is not None and not isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be a number; leave it out for no minimum")
+
+    def _check_ignored(self) -> None:
+        """Raise UserError for an option that has no meaning for the source."""
+        meanings = {
+            ("fineweb", "hub"): ("dataset", "dataset_config", "revision"),
+            ("fineweb", "hub", "parquet", "jsonl"): (
+                "text_column",
+                "language",
+                "minimum_language_score",
+                "minimum_score",
+            ),
+        }
+        for sources, names in meanings.items():
+            for name in names:
+                if self.source not in sources and (value := getattr(self, name)) != getattr(Job, name):
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {value}: of no use with --source {self.source}; leave it out"
+                    )

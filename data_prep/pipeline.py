@@ -83,7 +83,8 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
         worker = Worker(options)
         found = found_records(job.out, plan)
         sample = sample_of(job, source, worker.backend)
-        expected = estimate(job, source, sample, found.values(), 1 if alone else processes)
+        largest = max((unit.bytes for unit in first), default=0)
+        expected = estimate(job, source, sample, found.values(), 1 if alone else processes, largest)
         expected.check_disk(job.out)
         if job.dry_run:
             say(_planned(plan, source))

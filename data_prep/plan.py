@@ -140,6 +140,7 @@ def check_same(before: Plan, now: Plan, out: Path) -> None:
         for name, value in getattr(now, section):
             if value != (old := getattr(getattr(before, section), name)):
                 option = f"--{name.replace('_', '-')}"
+                old = "none" if old is None else old
                 raise UserError(f"{option} {value}: the unfinished job in {out} had {old}; say the same, {anew}")
     if before.share != now.share:
         shares = [f"{plan.share.number}/{plan.share.of}" for plan in (now, before)]

@@ -20,6 +20,8 @@ UNIT_BYTES = 32 * 2**20
 BATCH_BYTES = 2**20
 BATCH_ROWS = 512
 
+MOST_SHARES = 10_000
+
 # Why documents are left out; data_prep.sources.checked says when. "unreadable" counts segments, the others documents.
 DROPPED = ("empty", "bad_rows", "invalid_utf8", "too_long", "other_language", "low_score", "unreadable")
 Tally = Counter[str]
@@ -110,8 +112,11 @@ class Share:
     def parse(cls, text: str) -> "Share":
         """A share from "2/4"; UserError for anything else."""
         number, _, of = text.partition("/")
-        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise UserError(f"--partition {text}: must be i/n with i from 1 to n, e.g. 2/4 for the second of four")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= MOST_SHARES):
+            raise UserError(
+                f"--partition {text}: must be i/n with i from 1 to n (at most {MOST_SHARES}), e.g. 2/4 for the second "
+                "of four"
+            )
         return cls(int(number), int(of))
 
     def has(self, position: int, total: int) -> bool:

@@ -247,6 +247,8 @@ def load_manifest(folder: Path) -> Manifest:
     another schema, and a shard name that is not a plain file in the folder.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"data folder {folder}: is a file; name the folder of the data set")
     if not folder.is_dir():
         raise UserError(f"data folder {folder}: no such folder; python -m data_prep --out {folder} ... makes one")
     path = folder / MANIFEST_NAME

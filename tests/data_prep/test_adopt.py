@@ -175,7 +175,7 @@ def test_refuses_links_out_of_the_folder_and_what_is_no_file(folder, tmp_path):
 def test_refuses_folders_that_hold_something_else(folder, tmp_path):
     with pytest.raises(UserError, match="missing: no such folder"):
         adopt(tmp_path / "missing")
-    with pytest.raises(UserError, match="README.md: no such folder"):
+    with pytest.raises(UserError, match="README.md: is a file; name its folder"):
         adopt(folder / "README.md")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no .bin shards in it"):

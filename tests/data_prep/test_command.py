@@ -71,6 +71,10 @@ def test_it_makes_inspects_and_verifies(tmp_path, capsys):
     first = ids[1 : ids.index(50256, 1)][:1000]
     assert printed.endswith(":\n" + gpt2_encoding().decode(first) + "\n")
     assert run(capsys, "verify", out)[0] == 0
+    (out / "train_000001.bin").write_bytes(b"")
+    code, _, error = run(capsys, "verify", out)
+    assert code == 0 and "train_000001.bin: not of this data set" in error and error.count(".bin") == 1
+    (out / "train_000001.bin").unlink()
     shard = out / "val_000000.bin"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

@@ -1,5 +1,6 @@
 """What a job is expected to take, and that what cannot fit is refused before anything is written."""
 
+import dataclasses
 import shutil
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -62,42 +63,55 @@ SAMPLE = Sample(
 
 
 def test_the_whole_is_like_the_sample(tmp_path):
-    found = estimate(job("x", tmp_path, workers=4), source_of(10_000), SAMPLE, [], 4)
+    found = estimate(job("x", tmp_path, workers=4), source_of(10_000), SAMPLE, [], 4, 0)
     assert (found.source_bytes, found.documents, found.tokens) == (10_000, 400, 5_000)
-    # A token is two bytes in the parts and two in the shards; a document 36 bytes in the parts.
-    assert (found.parts_bytes, found.shards_bytes) == (2 * 5_000 + 36 * 400, 2 * 5_000)
+    # A token is two bytes in the parts and two in the shards; a document 36 bytes in the parts. A shard of 100 tokens
+    # has a header of 1024, and each split one that is not full.
+    assert (found.parts_bytes, found.shards_bytes) == (2 * 5_000 + 36 * 400, 2 * 5_000 + 52 * 1024)
     # Reading: 0.5 s per 100 bytes; encoding: 0.1 s per 40 bytes of text, of which there are 20,000.
     assert found.seconds == pytest.approx((10_000 * 0.005 + 20_000 * 0.0025) / 4)
     assert "5,000 tokens in 400 documents" in str(found) and "4 workers" in str(found)
 
 
 def test_a_share_has_its_fraction_and_no_shards(tmp_path):
-    found = estimate(job("x", tmp_path, partition=Share(2, 4)), source_of(10_000), SAMPLE, [], 1)
+    found = estimate(job("x", tmp_path, partition=Share(2, 4)), source_of(10_000), SAMPLE, [], 1, 0)
     assert (found.source_bytes, found.tokens, found.shards_bytes) == (2_500, 1_250, 0)
     limited = job("x", tmp_path, partition=Share(2, 4), limit_tokens=1_000)
-    assert estimate(limited, source_of(10_000), SAMPLE, [], 1).tokens == 1_250, "a share is made whole"
+    assert estimate(limited, source_of(10_000), SAMPLE, [], 1, 0).tokens == 1_250, "a share is made whole"
 
 
 def test_a_limit_ends_the_source(tmp_path):
-    found = estimate(job("x", tmp_path, limit_tokens=1_000), source_of(10_000), SAMPLE, [], 1)
-    assert (found.source_bytes, found.documents, found.tokens, found.shards_bytes) == (2_000, 80, 1_000, 2_000)
-    assert estimate(job("x", tmp_path, limit_tokens=10**9), source_of(10_000), SAMPLE, [], 1).tokens == 5_000
+    limited = job("x", tmp_path, limit_tokens=1_000, shard_tokens=10**6)
+    found = estimate(limited, source_of(10_000), SAMPLE, [], 1, 0)
+    assert (found.source_bytes, found.documents, found.tokens) == (2_000, 80, 1_000)
+    assert (found.parts_bytes, found.shards_bytes) == (2_000 + 36 * 80, 2_000 + 2 * 1024)
+    # The unit in which it ends is made whole, and two more for each worker meanwhile: so many bytes of the source.
+    for workers, source_bytes in ((1, 2_000 + 3 * 1_000), (2, 2_000 + 5 * 1_000), (9, 10_000)):
+        more = estimate(limited, source_of(10_000), SAMPLE, [], workers, 1_000)
+        assert more.parts_bytes == 2 * source_bytes // 2 + 36 * source_bytes * 4 // 100
+        assert (more.tokens, more.shards_bytes) == (found.tokens, found.shards_bytes)
+    unreached = job("x", tmp_path, limit_tokens=10**9)
+    assert estimate(unreached, source_of(10_000), SAMPLE, [], 1, 1_000) == estimate(
+        job("x", tmp_path), source_of(10_000), SAMPLE, [], 1, 1_000
+    )
+    # 0.5 tokens a byte: the bytes are rounded up, the tokens not beyond the limit.
+    assert estimate(dataclasses.replace(limited, limit_tokens=999), source_of(10_000), SAMPLE, [], 1, 0).tokens == 999
 
 
 def test_parts_that_are_there_need_no_more_space_and_no_time(tmp_path):
     Found = namedtuple("Found", "bytes")
-    found = estimate(job("x", tmp_path), source_of(10_000), SAMPLE, [Found(4_000), Found(3_500)], 1)
-    assert found.parts_bytes == (2 * 5_000 + 36 * 400) // 4 and found.shards_bytes == 2 * 5_000
+    found = estimate(job("x", tmp_path), source_of(10_000), SAMPLE, [Found(4_000), Found(3_500)], 1, 0)
+    assert found.parts_bytes == (2 * 5_000 + 36 * 400) // 4 and found.shards_bytes == 2 * 5_000 + 52 * 1024
     assert found.seconds == pytest.approx((10_000 * 0.005 + 20_000 * 0.0025) / 4)
 
 
 def test_digests_to_look_for_duplicates_take_space(tmp_path):
-    plain, seen = (estimate(job("x", tmp_path, deduplicate=d), source_of(10_000), SAMPLE, [], 1) for d in (False, True))
+    plain, seen = (estimate(job("x", tmp_path, deduplicate=d), source_of(10_000), SAMPLE, [], 1, 0) for d in (False, True))
     assert seen.parts_bytes - plain.parts_bytes >= 2 * 16 * 400
 
 
 def test_an_empty_sample_expects_nothing(tmp_path):
-    found = estimate(job("x", tmp_path), source_of(10_000), Sample(), [], 1)
+    found = estimate(job("x", tmp_path), source_of(10_000), Sample(), [], 1, 0)
     assert (found.tokens, found.documents, found.seconds) == (0, 0, 0.0)
 
 
@@ -109,8 +123,8 @@ def free(monkeypatch, **bytes_free):
 
 
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
-    found = estimate(job("x", tmp_path), source_of(10_000), SAMPLE, [], 1)
-    needed = 4 * 5_000 + 36 * 400
+    found = estimate(job("x", tmp_path), source_of(10_000), SAMPLE, [], 1, 0)
+    needed = 4 * 5_000 + 36 * 400 + 52 * 1024
     for there, fits in ((needed, True), (needed - 1, False)):
         free(monkeypatch, **{tmp_path.name: there})
         if fits:
@@ -123,9 +137,9 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
 def test_a_download_to_the_same_disk_counts(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     source = source_of(10_000, download=10**6, folder=tmp_path / "cache")
-    found = estimate(job("x", tmp_path), source, SAMPLE, [], 1)
+    found = estimate(job("x", tmp_path), source, SAMPLE, [], 1, 0)
     free(monkeypatch, **{tmp_path.name: 10**6})
-    with pytest.raises(UserError, match="needs about 1,034,400 bytes"):
+    with pytest.raises(UserError, match=f"needs about {10**6 + 4 * 5_000 + 36 * 400 + 52 * 1024:,} bytes"):
         found.check_disk(tmp_path / "out")
     free(monkeypatch, cache=10**6 - 1)
     with pytest.raises(UserError, match="1,000,000 bytes are to be downloaded to .*cache, and 999,999 are free"):

@@ -391,9 +391,9 @@ def test_an_unfinished_job_is_not_begun_anew(rows, tmp_path):
     [
         (dict(shard_tokens=101), "--shard-tokens 101: the unfinished job in .* had 100;"),
         (dict(validation_fraction=0.3), "--validation-fraction 0.3: the unfinished job in .* had 0.2"),
-        (dict(limit_tokens=7), "--limit-tokens 7: the unfinished job in .* had None"),
+        (dict(limit_tokens=7), "--limit-tokens 7: the unfinished job in .* had none"),
         (dict(deduplicate=True), "--deduplicate True: the unfinished job in .* had False"),
-        (dict(language="en"), "--language en: the unfinished job in .* had None"),
+        (dict(language="en"), "--language en: the unfinished job in .* had none"),
         (dict(text_column="body"), "--text-column body: the unfinished job in .* had text"),
         (dict(source="text"), "--source text: the unfinished job in .* had jsonl"),
         (dict(partition=Share(1, 2)), "--partition 1/2: the unfinished job in .* had 1/1"),

@@ -224,7 +224,7 @@ def test_files_are_fetched_when_their_units_are_wanted(monkeypatch):
 
 def test_shares_are_written_as_fractions():
     assert Share.parse("2/4") == Share(2, 4) and str(Share(2, 4)) == "2/4"
-    for wrong in ("0/4", "5/4", "x", "", "1", "1/", "/2", "1/0", "-1/2", "1/2/3", "1.0/2"):
+    for wrong in ("0/4", "5/4", "x", "", "1", "1/", "/2", "1/0", "-1/2", "1/2/3", "1.0/2", "1/10001"):
         with pytest.raises(UserError, match="--partition .*must be i/n"):
             Share.parse(wrong)
 
@@ -291,6 +291,14 @@ def test_a_file_is_read_once_however_it_is_spelled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spelled = ("a.txt", str(file), "below/../a.txt", "link.txt", "*.txt")
     assert [found.name for found in find_files(spelled, (".txt",))] == ["a.txt"]
+
+
+def test_a_pattern_may_match_folders(tmp_path):
+    for name in ("x/b.txt", "x/a.txt", "y.txt", "z/deep/c.txt", "z/other.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(tmp_path / name, name)
+    found = [file.name for file in find_files((f"{tmp_path}/*",), (".txt",))]
+    assert found == [str(tmp_path / name) for name in ("x/a.txt", "x/b.txt", "y.txt", "z/deep/c.txt")]
 
 
 def test_a_change_since_the_listing_is_told(tmp_path):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import pytest
 from test_backends import random_text
 
-from data_prep import proof
 from data_prep.parts import read_record
 from data_prep.sources.source import Batch, Reader, Segment, Unit, Unreadable
 from data_prep.sources.text import TextReader
