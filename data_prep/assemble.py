@@ -14,6 +14,8 @@ from megaresid.data.manifest import Counts, ShardEntry
 
 SPLITS = ("train", "val")
 SEEN = "seen"
+# Runs of documents shorter than this, in tokens and by the mean, cost more to write one by one than to copy.
+SHORT_RUN = 4096
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,19 @@ class Assembler:
                 taken[over[0] :] = False
         self._count_read(digests, taken)
         held_out = digests[:, 0] < np.uint64(self.cut.threshold)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
         for split, chosen in (("train", taken & ~held_out), ("val", taken & held_out)):
             if not chosen.any():
                 continue
             self._documents[split] += int(np.count_nonzero(chosen))
             self._tokens[split] += int(lengths[chosen].sum())
-            # A block of one long document is not copied.
-            self._writers[split].append(ids if chosen.all() else ids[np.repeat(chosen, lengths)])
+            runs = bounds[runs_of(chosen)]
+            # Long runs are not copied; many short ones are gathered first.
+            if len(runs) * SHORT_RUN > len(ids):
+                self._writers[split].append(ids[np.repeat(chosen, lengths)])
+            else:
+                for start, end in runs.tolist():
+                    self._writers[split].append(ids[start:end])
 
     def _count_read(self, digests: np.ndarray, taken: np.ndarray) -> None:
         """Hash the digests and count the duplicates, up to the last document taken and up to the end."""
@@ -154,3 +162,8 @@ class Assembler:
             digests, taken = digests[upto:], taken[upto:]
         self._digests.update(digests.tobytes())
         self._duplicates += len(taken)
+
+
+def runs_of(chosen: np.ndarray) -> np.ndarray:
+    """int64[r, 2]: where each run of true begins and ends (the place after it) in bool[n]."""
+    return np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)

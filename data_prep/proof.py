@@ -1,7 +1,5 @@
 """The proof of a fast backend: tiktoken encodes a sample of each part too, and one difference stops the job."""
 
-from itertools import accumulate
-
 import numpy as np
 
 from data_prep.backends import Backend
@@ -32,20 +30,19 @@ class Proof:
 
     def check(self, encoded: Encoded, digests: np.ndarray) -> None:
         """See the next documents, with their digests >u8[m, 4]. Raises UserError at a difference."""
-        words = digests[:, 1]
-        lengths = [len(document) for document in encoded.documents]
-        ends = list(accumulate(encoded.tokens))
-        totals = list(accumulate(lengths, initial=self._text_bytes))
+        words = digests[:, 1].astype(np.uint64)
+        lengths = np.fromiter(map(len, encoded.documents), np.int64, len(encoded.documents))
+        totals = self._text_bytes + np.cumsum(lengths)
+        ends = np.cumsum(encoded.tokens)
         for n in np.flatnonzero(words < 2**64 // CANDIDATES).tolist():
-            short = lengths[n] <= PIECE_BYTES
-            if short and (self.bytes + lengths[n]) * SAMPLED <= totals[n + 1]:
+            if lengths[n] <= PIECE_BYTES and (self.bytes + lengths[n]) * SAMPLED <= totals[n]:
                 ids = encoded.ids[ends[n] - encoded.tokens[n] + 1 : ends[n]]
                 self._compare(encoded.documents[n], ids, self._documents + n, digests[n].tobytes().hex())
         if len(words) and words[n := int(words.argmin())] < self._first[0]:
             digest = digests[n].tobytes().hex()
             self._first = int(words[n]), self._documents + n, digest, encoded.documents[n][: PIECE_BYTES + 1]
         self._documents += len(lengths)
-        self._text_bytes = totals[-1]
+        self._text_bytes = int(totals[-1]) if len(totals) else self._text_bytes
 
     def finish(self) -> None:
         """End the part. One that was too small for a whole document of the sample has a slice of one compared."""

@@ -66,11 +66,11 @@ class Filters:
         return None
 
 
-def refusal(text: bytes | bytearray) -> str | None:
-    """Why these bytes are no document, None when they are one."""
+def refusal(text: bytes | bytearray, known_utf8: bool = False) -> str | None:
+    """Why these bytes are no document, None when they are one; ``known_utf8`` where that need not be looked at."""
     if len(text) > MOST_BYTES:
         return "too_long"
-    if not is_utf8(text):
+    if not known_utf8 and not is_utf8(text):
         return "empty" if not text else "invalid_utf8"
     return "empty" if is_blank(text) else None
 

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 # Fields of PageHeader.
-UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3
+TYPE, UNCOMPRESSED_SIZE, COMPRESSED_SIZE, DICTIONARY_HEADER = 1, 2, 3, 7
+DICTIONARY_PAGE = 2
+# A field of DictionaryPageHeader.
+NUM_VALUES = 1
 # Thrift's types: those that hold nothing further (true, false), one byte, or a variable number of them.
 EMPTY, BYTE, VARINTS, DOUBLE, BINARY, LISTS, MAP, STRUCT, UUID = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 11, 12, 13
 # Headers are two or three structs deep.
@@ -31,8 +34,19 @@ def page_sizes(file: BinaryIO, start: int, end: int) -> Iterator[int]:
         start = file.tell() + stored
 
 
-def _integers(file: BinaryIO, deepest: int) -> dict[int, int]:
-    """The integer fields of the struct that begins here; the file is left at its end."""
+def dictionary_values(file: BinaryIO, start: int) -> int:
+    """How many values the dictionary has whose page begins at this offset; 0 where another page does.
+
+    Raises OSError where there is no header of a page.
+    """
+    file.seek(start)
+    header = _integers(file, DEEPEST)
+    return header.get(DICTIONARY_HEADER, {}).get(NUM_VALUES, 0) if header.get(TYPE) == DICTIONARY_PAGE else 0
+
+
+def _integers(file: BinaryIO, deepest: int) -> dict:
+    """The fields of the struct that begins here that are integers, or structs (a dict of the same kind) with them; the
+    file is left at its end."""
     if not deepest:
         raise OSError("the header of a page is damaged")
     found, field = {}, 0
@@ -41,6 +55,8 @@ def _integers(file: BinaryIO, deepest: int) -> dict[int, int]:
         field = field + (head >> 4) if head >> 4 else _zigzag(_varint(file))
         if kind in VARINTS:
             found[field] = _zigzag(_varint(file))
+        elif kind == STRUCT:
+            found[field] = _integers(file, deepest - 1)
         elif kind not in EMPTY:
             _skip(file, kind, deepest)
     return found

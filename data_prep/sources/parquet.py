@@ -14,7 +14,7 @@ from pyarrow import parquet
 from data_prep.sources.batches import in_batches
 from data_prep.sources.checked import Filters, check_bad_rows, check_columns, not_text, refusal
 from data_prep.sources.find_files import find_files
-from data_prep.sources.pages import page_sizes
+from data_prep.sources.pages import dictionary_values, page_sizes
 from data_prep.sources.source import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -95,8 +95,9 @@ class ParquetReader(Reader):
                 for batch in self._batches(table, segment.path, groups):
                     read += len(batch)
                     position = min(before + size * read // expected, unit.bytes)
+                    known_utf8 = is_all_utf8(batch.column(self.column))
                     for text in self._wanted(batch, dropped):
-                        if reason := refusal(text):
+                        if reason := refusal(text, known_utf8):
                             dropped[reason] += 1
                         else:
                             yield text, position
@@ -176,25 +177,39 @@ def rows_at_once(chunk: parquet.ColumnChunkMetaData, path: Path) -> int:
     A row lies in one page, and can have no more bytes than its page and the dictionary's, however they are encoded.
     Raises OSError for a page larger than MOST_PAGE_BYTES.
     """
-    mean = max(chunk.total_uncompressed_size // max(chunk.num_values, 1), 1)
+    rows = max(min(BATCH_BYTES * chunk.num_values // max(chunk.total_uncompressed_size, 1), BATCH_ROWS), 1)
     largest = chunk.total_uncompressed_size
     if largest > SMALL_BYTES:
         start = chunk.data_page_offset
         if chunk.has_dictionary_page and chunk.dictionary_page_offset:
             start = min(start, chunk.dictionary_page_offset)
         with open(path, "rb", buffering=512) as file:
+            # No value comes twice: together they are no longer than they are stored.
+            if largest <= MOST_AT_ONCE and dictionary_values(file, start) in (0, chunk.num_values):
+                return rows
             largest = max(page_sizes(file, start, start + chunk.total_compressed_size), default=0)
     if largest > MOST_PAGE_BYTES:
         raise OSError(
             f"a page of {largest:,} bytes, too large for the memory of a worker; write the file with smaller pages"
         )
-    return max(min(BATCH_BYTES // mean, MOST_AT_ONCE // max(largest, 1), BATCH_ROWS), 1)
+    return max(min(rows, MOST_AT_ONCE // max(largest, 1)), 1)
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     return kind in (*WIDTHS, pyarrow.string_view(), pyarrow.binary_view())
+
+
+def is_all_utf8(column: pyarrow.Array) -> bool:
+    """Whether all of a column of strings is UTF-8, which is quicker to see at once; False where it is not known."""
+    if column.type not in (pyarrow.string(), pyarrow.large_string()):
+        return False
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        return False
+    return True
 
 
 def texts_of(column: pyarrow.Array) -> Iterator[bytes | memoryview]:

@@ -92,15 +92,14 @@ def raw(kind: str, files: list[str], folder: Path, workers: int) -> Measurement:
 
 
 def ours(backend: str, files: list[str], folder: Path, workers: int) -> Measurement:
-    """``python -m data_prep``, and then its ``verify``."""
+    """``python -m data_prep``, which reads its shards back to verify them."""
     out = folder / "ours"
     command = [sys.executable, "-m", "data_prep"]
     job = ["--source", "parquet", "--input", *files, "--workers", str(workers), "--tokenizer-backend", backend]
     start = clock()
-    for arguments in ([*job, "--out", str(out)], ["verify", str(out)]):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"data_prep {arguments[0]} ended with code {done.returncode}: {done.stderr[-300:]}")
+    done = subprocess.run([*command, *job, "--out", str(out)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"data_prep ended with code {done.returncode}: {done.stderr[-300:]}")
     seconds = clock() - start
     splits = json.loads((out / "manifest.json").read_text())["content"]["splits"]
     return Measurement(seconds, sum(counts["tokens"] for counts in splits.values()))
@@ -196,12 +195,14 @@ def _finished(processes: list, results) -> list:
     for process in processes:
         process.start()
     try:
-        waiting = processes
+        waiting = {process.sentinel: process for process in processes}
         while waiting:
-            multiprocessing.connection.wait([process.sentinel for process in waiting])
-            if failed := [process for process in processes if process.exitcode]:
-                raise UserError(f"a process of the benchmark ended with code {failed[0].exitcode}; its error is above")
-            waiting = [process for process in waiting if process.exitcode is None]
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                ended = waiting.pop(sentinel)
+                # The sentinel may be ready a moment before the exit code is known.
+                ended.join()
+                if ended.exitcode:
+                    raise UserError(f"a process of the benchmark ended with code {ended.exitcode}; its error is above")
         return [results.get() for _ in processes]
     finally:
         for process in processes:

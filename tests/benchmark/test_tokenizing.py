@@ -76,7 +76,7 @@ def test_a_different_number_of_ids_is_an_error(monkeypatch):
 def test_a_process_that_fails_ends_the_others(files, tmp_path):
     with pytest.raises(UserError, match="a process of the benchmark ended with code 1"):
         raw("lists", [*files, str(tmp_path / "missing")], tmp_path, 1)
-    with pytest.raises(UserError, match="data_prep --source ended with code 2: error: "):
+    with pytest.raises(UserError, match="data_prep ended with code 2: error: "):
         tokenizing_ways.ours("tiktoken", [str(tmp_path / "missing")], tmp_path, 1)
 
 

@@ -4,12 +4,13 @@ import shutil
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts_by_hand import PLAN, Part, expected, parts_of, read_shards, write_part
 
-from data_prep.assemble import Assembler, Cut
+from data_prep.assemble import Assembler, Cut, runs_of
 from data_prep.parts import read_record
 from megaresid.errors import UserError
 
@@ -165,3 +166,11 @@ def test_a_damaged_part_leaves_no_shards(tmp_path):
 def test_digests_that_were_seen_take_no_place_afterwards(tmp_path):
     check(tmp_path, parts_of(made_documents(5), [5]), validation_fraction=0.5, deduplicate=True)
     assert not (tmp_path / "out" / "parts" / "seen").exists()
+
+
+@given(chosen=st.lists(st.booleans(), max_size=12))
+def test_runs_by_definition(chosen):
+    runs = [tuple(run) for run in runs_of(np.array(chosen, bool)).tolist()]
+    inside = [any(start <= n < end for start, end in runs) for n in range(len(chosen))]
+    assert inside == chosen and all(start < end for start, end in runs)
+    assert all(before[1] < after[0] for before, after in zip(runs, runs[1:], strict=False))

@@ -106,7 +106,8 @@ def test_parts_that_are_there_need_no_more_space_and_no_time(tmp_path):
 
 
 def test_digests_to_look_for_duplicates_take_space(tmp_path):
-    plain, seen = (estimate(job("x", tmp_path, deduplicate=d), source_of(10_000), SAMPLE, [], 1, 0) for d in (False, True))
+    jobs = [job("x", tmp_path, deduplicate=deduplicate) for deduplicate in (False, True)]
+    plain, seen = (estimate(made, source_of(10_000), SAMPLE, [], 1, 0) for made in jobs)
     assert seen.parts_bytes - plain.parts_bytes >= 2 * 16 * 400
 
 

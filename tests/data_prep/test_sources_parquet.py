@@ -261,6 +261,7 @@ def test_damaged_headers_of_pages(data):
 def test_a_page_larger_than_memory_is_unreadable(tmp_path, monkeypatch, dictionary):
     path = write(tmp_path / "a.parquet", [{"text": "x" * 500}, {"text": "y" * 500}], use_dictionary=dictionary)
     monkeypatch.setattr(parquet, "SMALL_BYTES", 100)
+    monkeypatch.setattr(parquet, "MOST_AT_ONCE", 1000)
     monkeypatch.setattr(parquet, "MOST_PAGE_BYTES", 1100)
     assert read("parquet", path)[0] == ["x" * 500, "y" * 500]
     monkeypatch.setattr(parquet, "MOST_PAGE_BYTES", 1000)
@@ -280,6 +281,23 @@ def test_rows_at_once_are_bounded_by_the_largest_page(tmp_path, monkeypatch):
         assert read("parquet", path)[0] == ["x" * 1000] * 400
     monkeypatch.setattr(parquet, "MOST_AT_ONCE", 500)
     assert rows_at_once(chunk, path) == 1
+
+
+@pytest.mark.parametrize("repeated", [0, 1])
+def test_a_dictionary_without_repetition_does_not_bound_the_rows(tmp_path, monkeypatch, repeated):
+    """Its values together are no longer than they are stored, unless one comes twice."""
+    values = [f"{n:01000d}" for n in range(40 - repeated)]
+    values += values[:repeated]
+    path = write(tmp_path / "a.parquet", [{"text": value} for value in values], write_statistics=False)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    monkeypatch.setattr(parquet, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(parquet, "MOST_AT_ONCE", 50_000)
+    # One page, the dictionary, of 1004 bytes a value.
+    rows = rows_at_once(chunk, path)
+    assert rows == 1 if repeated else rows >= 40
+    assert read("parquet", path)[0] == values
+    monkeypatch.setattr(parquet, "MOST_AT_ONCE", 40_000)
+    assert rows_at_once(chunk, path) == 1, "all together are too long"
 
 
 def test_positions_of_several_files(tmp_path):
