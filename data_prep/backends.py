@@ -28,8 +28,8 @@ NEW = re.compile(f"[{''.join(f'{chr(first)}-{chr(last)}' for first, last in NEW_
 NEW_PAIRS = {chr(point).encode()[:2] for first, last in NEW_RANGES for point in range(first, last + 1)}
 NEW_LEADS = {pair[:1] for pair in NEW_PAIRS}
 # How much text is encoded between two looks at the memory, and by how much that may have grown.
-CHECKED_BYTES = 16 * 2**20
-MOST_GROWTH = 256 * 2**20
+CHECKED_BYTES = 4 * 2**20
+MOST_GROWTH = 128 * 2**20
 
 
 class Backend(Protocol):

@@ -174,6 +174,8 @@ def command_of(started, *options) -> subprocess.Popen:
         [sys.executable, script, *map(str, given)],
         env=environment,
         start_new_session=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and so it would be by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -183,6 +183,15 @@ def test_the_first_document_of_shards_that_begin_inside_one(tmp_path, capsys):
     assert run(capsys, "inspect", tmp_path)[1].endswith(":\nHello world and more\n")
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heeded, though the tests themselves may run in the background, where it is not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("sent, code, says", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
 def test_signals_end_it_in_one_line(rows, tmp_path, capsys, monkeypatch, sent, code, says):
     shown = []
