@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.durable import write_text
 from data_prep.progress import Report, no_report
 from megaresid.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from megaresid.data.shards import HEADER_BYTES, TOKEN_BYTES, check_shard
+from megaresid.durable import write_text
 from megaresid.errors import UserError
 
 # Read of a shard between two reports.

@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from data_prep.durable import write_text
 from data_prep.sources.source import Unit
 from megaresid.data.manifest import Record
+from megaresid.durable import write_text
 from megaresid.errors import UserError
 
 # The sha256 of the text as four big-endian words, and the number of ids with <|endoftext|>.

@@ -7,11 +7,11 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from data_prep.durable import write_text
 from data_prep.job import Job
 from data_prep.sources.source import MOST_BYTES, UNIT_BYTES, Source
 from data_prep.tokenizer import RANKS_SHA256
 from megaresid.data.manifest import Record
+from megaresid.durable import write_text
 from megaresid.errors import UserError
 
 # Raised when the same source and options would give other parts.

@@ -20,6 +20,7 @@ UNIT_BYTES = 32 * 2**20
 BATCH_BYTES = 2**20
 BATCH_ROWS = 512
 
+# A cluster's array of jobs has fewer.
 MOST_SHARES = 10_000
 
 # Why documents are left out; data_prep.sources.checked says when. "unreadable" counts segments, the others documents.

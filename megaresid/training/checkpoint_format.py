@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megaresid.durable import sync
 from megaresid.errors import UserError, suggestion
 from megaresid.training.zero_state.live import PARAMETER
 
@@ -86,27 +87,27 @@ def write_tensors(path: Path, tensors: dict[tuple[str, str], Tensor], runs: dict
     """Write a rank's flat tensors, by (kind, name), to disk; ``runs`` says the (offset, length) of each name."""
     flat = {f"{kind}:{name}": tensor.cpu() for (kind, name), tensor in tensors.items()}
     save_file(flat, path, metadata={"runs": json.dumps(runs)})
-    _sync(path)
+    sync(path)
     return _record(path)
 
 
 def write_record(path: Path, record: BaseModel) -> FileRecord:
     """Write a header or marker to disk."""
     path.write_text(json.dumps(record.model_dump(), indent=1) + "\n", encoding="utf-8")
-    _sync(path)
+    sync(path)
     return _record(path)
 
 
 def move_into_place(aside: Path, target: Path) -> None:
     """Give a written checkpoint its name, durably; then move ``latest``."""
-    _sync(aside)
+    sync(aside)
     os.rename(aside, target)
-    _sync(target.parent)
+    sync(target.parent)
     pointer = target.parent / (ASIDE + LATEST)
     pointer.write_text(target.name + "\n", encoding="utf-8")
-    _sync(pointer)
+    sync(pointer)
     os.replace(pointer, target.parent / LATEST)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def complete_files(path: Path) -> dict[str, FileRecord]:
@@ -254,12 +255,3 @@ def _load(path: Path, record: type[R]) -> R:
 def _record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         return FileRecord(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megaresid.durable import write_text
 from megaresid.errors import UserError
 
 SCHEMA = 1
@@ -55,20 +56,12 @@ class RunDirectory:
             # At step 0 nothing is resumed: the validation before the first step is measured again.
             rows = [row for row in read_metrics(self.path) if 0 < step >= row["step"]]
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, path)
+            write_text(path, text)
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(tree, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 def read_json(run: Path, name: str) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 import functools
 import hashlib
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import tiktoken
@@ -81,3 +85,37 @@ def data_set(folder: Path) -> tuple[dict[str, bytes], dict]:
     shards = shard_bytes(folder)
     assert {path.name for path in folder.iterdir()} == {*shards, "manifest.json"}
     return shards, json.loads((folder / "manifest.json").read_text())["content"]
+
+
+def records(out: Path) -> dict[str, tuple[int, int]]:
+    """The completion records, with what changes when one is written again."""
+    found = {path.name: path.stat() for path in (out / "parts").glob("0*.json")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def command_of(started, *options) -> subprocess.Popen:
+    """The command that does a job, with small units, in a process group of its own."""
+    code = (
+        "import pytest, sys\n"
+        "from jobs import small_units\n"
+        "if __name__ == '__main__':\n"
+        "    small_units(pytest.MonkeyPatch())\n"
+        "    from data_prep.command import main\n"
+        "    main(sys.argv[1:])\n"
+    )
+    script = started.out.parent / "command.py"
+    script.write_text(code)
+    folders = [str(Path(__file__).parent), str(Path(pipeline.__file__).parents[1])]
+    given = ["--source", "jsonl", "--input", *started.input, "--out", started.out, "--workers", started.workers]
+    given += ["--shard-tokens", started.shard_tokens, "--validation-fraction", started.validation_fraction, *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, given)],
+        env=environment,
+        start_new_session=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and so it would be by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

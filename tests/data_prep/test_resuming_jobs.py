@@ -10,15 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from jobs import DOCUMENTS, data_set, expected_shards, job, shard_bytes, small_units, write_rows
+from jobs import DOCUMENTS, command_of, data_set, expected_shards, job, records, shard_bytes, small_units, write_rows
 
 from data_prep import pipeline
 from data_prep.pipeline import prepare
-from data_prep.pool import uninterrupted
 from data_prep.sources.source import Share
 from data_prep.worker import Worker
 from megaresid.data.manifest import MANIFEST_NAME, load_manifest
@@ -43,12 +40,6 @@ def whole(rows, tmp_path):
     prepare(job(rows, tmp_path / "whole", **CUT))
     assert shard_bytes(tmp_path / "whole") == expected_shards(DOCUMENTS, shard_tokens=150)
     return data_set(tmp_path / "whole")
-
-
-def records(out: Path) -> dict[str, tuple[int, int]]:
-    """The completion records, with what changes when one is written again."""
-    found = {path.name: path.stat() for path in (out / "parts").glob("0*.json")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def in_child(work) -> int:
@@ -152,124 +143,6 @@ def test_killed_again_and_again_at_random_times_with_workers(tmp_path):
                 assert kept.items() <= now.items(), "a finished part was made again"
                 kept = now
     assert kills and data_set(tmp_path / "out") == data_set(tmp_path / "whole")
-
-
-def command_of(started, *options) -> subprocess.Popen:
-    """The command that does a job, with small units, in a process group of its own."""
-    code = (
-        "import pytest, sys\n"
-        "from jobs import small_units\n"
-        "if __name__ == '__main__':\n"
-        "    small_units(pytest.MonkeyPatch())\n"
-        "    from data_prep.command import main\n"
-        "    main(sys.argv[1:])\n"
-    )
-    script = started.out.parent / "command.py"
-    script.write_text(code)
-    folders = [str(Path(__file__).parent), str(Path(pipeline.__file__).parents[1])]
-    given = ["--source", "jsonl", "--input", *started.input, "--out", started.out, "--workers", started.workers]
-    given += ["--shard-tokens", started.shard_tokens, "--validation-fraction", started.validation_fraction, *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, given)],
-        env=environment,
-        start_new_session=True,
-        # Where the tests themselves run in the background, Ctrl-C is ignored, and so it would be by what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def alive(group: int) -> set[int]:
-    """Processes of a group that have not ended."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(of_group) == group and state != "Z":
-            found.add(int(stat.parent.name))
-    return found
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def long_job(tmp_path):
-    """A job of many units that is under way with two workers, in another process."""
-    documents = [f"{n} {text} " * 4 for n in range(200) for text in DOCUMENTS]
-    started = job(write_rows(tmp_path / "rows.jsonl", documents), tmp_path / "out", shard_tokens=10**5, workers=2)
-    process = command_of(started)
-    wait_until(lambda: records(started.out) or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    yield started, process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-@pytest.mark.parametrize(
-    "send, sent, code, says",
-    [
-        # A terminal's Ctrl-C and a cluster's SIGTERM reach the workers too.
-        (os.killpg, signal.SIGINT, 130, "interrupted"),
-        pytest.param(os.killpg, signal.SIGTERM, 143, "terminated", marks=pytest.mark.full),
-        pytest.param(os.kill, signal.SIGTERM, 143, "terminated", marks=pytest.mark.full),
-    ],
-    ids=["INT to all", "TERM to all", "TERM"],
-)
-def test_an_interrupted_command_leaves_its_parts_and_no_process(long_job, send, sent, code, says):
-    started, process = long_job
-    send(process.pid, sent)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code and f"{says}; a job goes on with --resume" in error and "Traceback" not in error
-    wait_until(lambda: not alive(process.pid))
-    assert records(started.out) and not shard_bytes(started.out) and not (started.out / MANIFEST_NAME).exists()
-    assert not list((started.out / "parts").glob("*.partial"))
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_signals_wait_for_the_end_of_what_they_must_not_interrupt(sent):
-    came = []
-    before = signal.signal(sent, lambda number, _: came.append(number))
-    try:
-        with uninterrupted():
-            signal.raise_signal(sent)
-            assert came == []
-        assert came == [sent]
-        signal.raise_signal(sent)
-        assert came == [sent, sent], "the handler is back"
-    finally:
-        signal.signal(sent, before)
-
-
-def test_workers_end_with_a_parent_that_is_killed(long_job):
-    started, process = long_job
-    assert len(alive(process.pid)) > 2
-    process.kill()
-    wait_until(lambda: not alive(process.pid))
-    assert records(started.out)
-
-
-def test_a_killed_worker_stops_the_job_with_its_files_named(long_job):
-    started, process = long_job
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [child for child in map(int, children) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "a worker process was killed (out of memory?), at work were" in error
-    assert started.input[0] in error and "--resume" in error and "Traceback" not in error
-    wait_until(lambda: not alive(process.pid))
-    assert records(started.out) and not shard_bytes(started.out)
 
 
 def unfinished(rows, out, parts=2, **options):
