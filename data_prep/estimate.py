@@ -64,10 +64,11 @@ class Estimate:
 
     def __str__(self) -> str:
         size = self.parts_bytes + self.shards_bytes
+        # A share has no shards: its parts stay until they are merged.
+        of_what = f"parts {gigabytes(self.parts_bytes)}, removed at the end, and shards {gigabytes(self.shards_bytes)}"
         text = (
             f"expected: {self.tokens:,} tokens in {self.documents:,} documents from {gigabytes(self.source_bytes)}; "
-            f"{gigabytes(size)} of disk (parts {gigabytes(self.parts_bytes)}, removed at the end, and shards "
-            f"{gigabytes(self.shards_bytes)})"
+            f"{gigabytes(size)} of disk ({of_what if self.shards_bytes else 'parts, to be merged'})"
         )
         if self.download_bytes:
             text += f" and {gigabytes(self.download_bytes)} to download"

@@ -76,6 +76,8 @@ def test_the_whole_is_like_the_sample(tmp_path):
 def test_a_share_has_its_fraction_and_no_shards(tmp_path):
     found = estimate(job("x", tmp_path, partition=Share(2, 4)), source_of(10_000), SAMPLE, [], 1, 0)
     assert (found.source_bytes, found.tokens, found.shards_bytes) == (2_500, 1_250, 0)
+    assert "(parts, to be merged)" in str(found) and "removed" not in str(found)
+    assert "removed at the end" in str(estimate(job("x", tmp_path), source_of(10_000), SAMPLE, [], 1, 0))
     limited = job("x", tmp_path, partition=Share(2, 4), limit_tokens=1_000)
     assert estimate(limited, source_of(10_000), SAMPLE, [], 1, 0).tokens == 1_250, "a share is made whole"
 
