@@ -17,7 +17,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names: without those, its new files may be lost with the power."""
+    """Have the disk hold a file's bytes, or a folder's names: else its new files may be lost with the power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
