@@ -34,6 +34,7 @@ class ModelPlan:
         if shape.width % shape.heads:
             raise UserError(f"width {shape.width} is not divisible by heads {shape.heads}: change one of them")
         self.shape, self.positions, self.documents = shape, positions, documents
+        self.attention, self.residual = attention, residual  # as they were written
         mixers = parse_pattern(attention)
         for component in mixers.components():  # also those that the depth does not reach
             MIXERS.resolve(component)
