@@ -25,11 +25,11 @@ class Measurable(Protocol):
         """The loss of one micro-batch [m, T] in evaluation mode: a sum over valid targets by all positions."""
 
     def score(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (nats) of the wanted targets, in evaluation mode, without gradients, in the run's precision.
+        """Log-probabilities (nats) of the wanted targets, in evaluation mode, without gradients, in its precision.
 
         Args:
             idx: int64 [m, T], T at most ``context``; m and T may differ between ranks.
-            targets: int64 [m, T]; a negative one is not wanted.
+            targets: int64 [m, T], or [m, T, K] for K targets of each position; a negative one is not wanted.
 
         Returns:
             fp32 [n] log-probabilities and bool [n] whether the target is the likeliest token, of the n wanted targets

@@ -14,6 +14,7 @@ from megaresid.model.init import STD, Normal, Rule, fill, owned_rules
 from megaresid.model.layer import Layer
 from megaresid.model.loss import full_logits, linear_cross_entropy
 from megaresid.model.plan import ModelPlan
+from megaresid.model.scores import target_scores
 from megaresid.residual.stream import ResidualVariant, State
 
 TOKENS = "tokens"  # the key under which the embedding matrix is tied to the output head
@@ -69,7 +70,8 @@ class Open(nn.Module):
 
 
 class Head(nn.Module):
-    """The tied output projection: hidden [B, T, C] -> logits, or the loss without ever holding the logits.
+    """The tied output projection: hidden [B, T, C] -> logits, or the loss or the targets' scores without ever holding
+    the logits.
 
     It registers the embedding matrix as its own parameter, so that ZeRO-3 gathers it for this call too.
     """
@@ -82,9 +84,11 @@ class Head(nn.Module):
         """Sum of the cross-entropies of ``targets`` [B, T] (negative ones count 0) over the number of positions."""
         return linear_cross_entropy(hidden, self.weight, targets, self.vocab_size)
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None):
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None, scores: bool = False):
         if targets is None:
             return full_logits(hidden, self.weight, self.vocab_size), None
+        if scores:
+            return target_scores(hidden, self.weight, targets, self.vocab_size)
         return None, self.loss(hidden, targets)
 
 
@@ -118,7 +122,8 @@ def layer_specs(plan: ModelPlan, activation_checkpointing: bool = False) -> list
 
 
 class GPT(nn.Module):
-    """The plain module of a plan; ``forward(idx [B,T], targets=None)`` gives ``(logits, None)`` or ``(None, loss)``.
+    """The plain module of a plan; ``forward(idx [B,T], targets=None)`` gives ``(logits, None)`` or ``(None, loss)``;
+    with ``scores`` what ``target_scores`` gives of the targets.
 
     With a cache from ``init_cache``, idx goes on where the last call with it ended.
 
@@ -147,13 +152,17 @@ class GPT(nn.Module):
                     site.use(shared)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: ModelCache | None = None
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: ModelCache | None = None,
+        scores: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         caches = () if cache is None else (cache, cache, *cache.layers)
         x = idx
         for part, carried in zip_longest(self.parts, caches):
             x = part(x) if carried is None else part(x, carried)
-        return self.head(x, targets)
+        return self.head(x, targets, scores)
 
     def init_cache(self, length: int) -> ModelCache | None:
         """For a text of at most ``length`` tokens; None where a mixer cannot go on and the text must be run again."""

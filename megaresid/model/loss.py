@@ -46,14 +46,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} and "
             f"vocab_size {vocab_size} do not fit"
         )
-    device = hidden.device.type
-    product_dtype = hidden.dtype
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        product_dtype = torch.get_autocast_dtype(device)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: without autocast they must be equal")
-    if product_dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(f"the loss takes its products in float32, float64 or bfloat16, not {product_dtype}")
+    product_dtype = product_dtype_of(hidden, weight)
     tokens = hidden.reshape(-1, hidden.shape[-1])
     # Asked here: inside a Function gradients are always off, and ``needs_input_grad`` is true in evaluation as well.
     wants_hidden, wants_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
@@ -65,6 +58,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
 def full_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
     """All logits, for evaluation and sampling: [..., C] and [V, C] to [..., vocab_size], without the padding."""
     return torch.nn.functional.linear(hidden, weight[:vocab_size])
+
+
+def product_dtype_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the head's matrix products: autocast's where it is on, fp64 apart, else that of both tensors. Raises
+    TypeError for another than fp32, fp64 and bf16, and for two dtypes without autocast."""
+    device, product_dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        product_dtype = torch.get_autocast_dtype(device)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: without autocast they must be equal")
+    if product_dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"the loss takes its products in float32, float64 or bfloat16, not {product_dtype}")
+    return product_dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,7 +107,7 @@ def _walk(
     loss = hidden.new_zeros((), dtype=sum_dtype)
     d_hidden = hidden.new_empty(hidden.shape if wants_hidden else 0)
     d_weight = weight.new_zeros(weight.shape if wants_weight else 0, dtype=sum_dtype)
-    block = min(_block_tokens(hidden.device.type, len(weight)), positions)
+    block = min(block_tokens(hidden.device.type, len(weight)), positions)
     with torch.autocast(hidden.device.type, enabled=False):
         product_weight = weight.to(product_dtype)
         logits = hidden.new_empty(block, len(weight), dtype=product_dtype)
@@ -144,5 +150,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _block_tokens(device: str, vocabulary: int) -> int:
+def block_tokens(device: str, vocabulary: int) -> int:
+    """How many tokens' logits over ``vocabulary`` rows are held at once."""
     return CPU_BLOCK_TOKENS if device == "cpu" else max(1, GPU_BLOCK_BYTES // (GPU_LOGIT_BYTES * vocabulary))

@@ -4,15 +4,18 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
 from megaresid.config import RunConfig
 from megaresid.errors import UserError
+from megaresid.evaluation.loaded import check_length
 from megaresid.model.compile import compile_model
 from megaresid.model.gpt import build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.plan import ModelPlan
@@ -35,7 +38,9 @@ class StepResult:
 class Engine:
     """A model under ``deepspeed.initialize``; every method is called by every rank.
 
-    ``parameters`` maps canonical names to the live parameters; ``set_step(step)`` serves what depends on the step.
+    ``parameters`` maps canonical names to the live parameters; ``set_step(step)`` serves what depends on the step. For
+    evaluation, ``context`` is the most tokens of a sequence, ``vocab_size`` counts the ids that can be predicted, and
+    ``positions_per_forward`` the positions of one forward, which training's memory is known to allow.
     """
 
     def __init__(self, plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch):
@@ -52,6 +57,10 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
         self.batch = batch
         self.stage = ds_config.stage
+        self.context, self.vocab_size = plan.shape.context, plan.shape.vocab_size
+        self.positions_per_forward = batch.micro * plan.shape.context
+        # What is scored comes in many lengths, each of which torch.compile would compile for.
+        self._uncompiled = model if config.execution.compile else None
 
     def train_step(
         self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
@@ -89,12 +98,42 @@ class Engine:
     @torch.no_grad()
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-batch in evaluation mode: a sum over valid targets divided by all positions."""
+        with self._evaluating():
+            _, loss = self.deepspeed(idx.to(self.device), targets.to(self.device))
+        return loss.float()
+
+    @torch.no_grad()
+    def score(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probability of each wanted target and whether it is the likeliest token, in evaluation mode.
+
+        Every rank calls it equally often; what it is given may differ between ranks, in shape too.
+
+        Args:
+            idx: int64 [m, T], T at most ``context``.
+            targets: int64 [m, T], or [m, T, K] for K of each position; a negative one is not wanted.
+
+        Returns:
+            On this rank's device, in row-major order of the wanted targets: fp32 [n] and bool [n].
+
+        Raises:
+            ValueError: T is above ``context``.
+        """
+        check_length(idx, self.context)
+        with self._evaluating():
+            if self._uncompiled is None:
+                return self.deepspeed(idx.to(self.device), targets, scores=True)
+            with autocast_if_enabled(self.deepspeed):
+                return self._uncompiled(idx.to(self.device), targets, scores=True)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode while the block runs."""
+        training = self.deepspeed.module.training
         self.deepspeed.eval()
         try:
-            _, loss = self.deepspeed(idx.to(self.device), targets.to(self.device))
+            yield
         finally:
-            self.deepspeed.train()
-        return loss.float()
+            self.deepspeed.train(training)
 
 
 def start_process_group() -> None:
