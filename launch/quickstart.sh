@@ -55,7 +55,7 @@ deepspeed --log_level error --num_accelerators "$ranks" --master_port "$port" --
     --deepspeed_config "$config" --data "$data" --run-dir "$run" --model tiny --steps "$steps" \
     --global-batch-size $((micro_batch * ranks)) --micro-batch-size "$micro_batch" \
     --learning-rate 2e-3 --min-learning-rate 1e-4 --weight-decay 0.1 \
-    --log-interval 20 --validation-interval $((steps / 4)) --validation-tokens 20480 \
+    --log-interval 20 --eval "validation@$((steps / 4))" --validation-tokens 20480 \
     --checkpoint-interval $((steps / 2))
 
 say "Sampling"

@@ -15,6 +15,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from megaresid.errors import UserError, suggestion
+from megaresid.evaluation.chosen import parse as parse_entries
 from megaresid.model.presets import PRESETS, ModelShape
 
 if TYPE_CHECKING:
@@ -135,14 +136,25 @@ class IntervalOptions(Section):
 
     log_interval: int = 10
     """Progress line, metrics.jsonl and TensorBoard."""
-    validation_interval: int = 1000
-    """Validation, at the end too."""
-    validation_tokens: int = 10_485_760
-    """Tokens of the fixed validation set, or all that there are."""
     checkpoint_interval: int = 1000
     """Checkpoint, at the end too."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept; 0 for all."""
+
+
+class EvaluationOptions(Section):
+    """What is measured during training."""
+
+    eval: str = "validation@1000"
+    """What and when, as in "validation@500 wikitext2,lambada@1000 arc_easy,hellaswag@end": every so many steps and at
+    both ends, or at the end alone. Names: validation, wikitext2, lambada, a function of your own (module:function), or
+    tasks of lm-evaluation-harness. Empty for nothing."""
+    eval_data: Path | None = None
+    """Folder with the texts and tasks of --eval; by default they come from the Hub."""
+    eval_strict: bool = False
+    """End the run when an evaluation fails, instead of going on without its numbers."""
+    validation_tokens: int = 10_485_760
+    """Tokens of the fixed validation set, or all that there are."""
 
 
 class RunConfig(Section):
@@ -158,6 +170,7 @@ class RunConfig(Section):
     optimizer: OptimizerOptions = OptimizerOptions()
     execution: ExecutionOptions = ExecutionOptions()
     interval: IntervalOptions = IntervalOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
 
     @property
     def shape(self) -> ModelShape:
@@ -186,8 +199,9 @@ GIVEN_ONCE = {
     "--parameter-rules": "give all rules to one, each in quotes",
     "--data": "give all folders to one",
     "--data-weights": "give all weights to one",
+    "--eval": "give all entries to one, in one pair of quotes",
 }
-"""Options that take several values: of two of them the parser would keep the last without a word."""
+"""Options that hold several values: of two of them the parser would keep the last without a word."""
 
 SECTIONS: dict[str, str] = {
     key: section for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
@@ -204,7 +218,7 @@ REFERENCE = {
     "weight_decay": 0.1,
     "betas": [0.9, 0.95],
     "clip": 1.0,
-    "validation_interval": 1000,
+    "eval": "validation@1000",
     "seed": 1337,
 }
 RUN_PRESETS: dict[str, dict[str, Any]] = {"reference": REFERENCE, "mlsbench-345m": REFERENCE | {"seed": 42}}
@@ -216,7 +230,7 @@ def from_flat(values: dict[str, Any], source: str, base: RunConfig | None = None
     Raises UserError for an unknown key (naming the nearest one) and for a value of the wrong type.
     """
     tree = (base or RunConfig()).model_dump()
-    for key, value in values.items():
+    for key, value in _upgraded(values).items():
         name = key.replace("-", "_")
         if name not in SECTIONS:
             raise UserError(f"{source}: unknown key {key!r}: {suggestion(name, SECTIONS)}")
@@ -227,6 +241,18 @@ def from_flat(values: dict[str, Any], source: str, base: RunConfig | None = None
         problem = error.errors()[0]
         key = problem["loc"][1]
         raise UserError(f"{source}: {key}={problem['input']!r} is not valid: {problem['msg']}") from None
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of an earlier version, as config.json of an older run has them, in today's words.
+
+    ``validation_interval`` N was validation@N of ``eval``, and 0 no validation.
+    """
+    if "validation_interval" not in values:
+        return values
+    values = dict(values)
+    interval = values.pop("validation_interval")
+    return {"eval": f"validation@{interval}" if interval else ""} | values
 
 
 def parse(arguments: list[str]) -> RunConfig:
@@ -259,6 +285,10 @@ def parse(arguments: list[str]) -> RunConfig:
     )
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        if "@" in name:
+            raise UserError(f"unknown argument {unknown[0]}: give all entries of --eval in one pair of quotes")
+        if name == "validation_interval":
+            raise UserError(f'unknown option {unknown[0]}: it is now --eval "validation@STEPS"')
         raise UserError(f"unknown option {unknown[0]}: {suggestion(name, SECTIONS).replace('_', '-')}")
     _check(config)
     return config
@@ -302,7 +332,7 @@ def _check(config: RunConfig) -> None:
         raise UserError(f"--model {config.model.model}: {suggestion(config.model.model, PRESETS)}")
     values = config.flat()
     at_least_one = ("steps", "global_batch_size", "micro_batch_size", "layers", "heads", "width", "context")
-    not_negative = ("log_interval", "validation_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
+    not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
     not_negative += ("learning_rate", "min_learning_rate", "weight_decay")
     for key in at_least_one + not_negative:
         least = int(key in at_least_one)
@@ -317,5 +347,6 @@ def _check(config: RunConfig) -> None:
         raise UserError(
             f"--min-learning-rate {values['min_learning_rate']} is above --learning-rate {values['learning_rate']}"
         )
+    parse_entries(config.evaluation.eval)
     if config.run.resume and config.run.init_from:
         raise UserError("--resume and --init-from exclude each other: resume restores the weights too")

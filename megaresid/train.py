@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
         execute(prepared)
     elif os.environ.get("RANK", "0") == "0":
         print_estimate(prepared.plan, config, prepared.ds_config, prepared.batch, prepared.data.training_tokens)
+        for hook in prepared.hooks:
+            print(f"evaluate  {hook.name} {hook.when()}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from megaresid.training.run_dir import read_metrics
 STOP, END = 3, 7
 MODEL = "--model tiny --layers 2 --width 32 --context 32 --dropout 0.1".split()
 TRAINING = "--global-batch-size 8 --micro-batch-size 2 --learning-rate 1e-3".split()
-INTERVALS = "--log-interval 1 --validation-interval 2 --keep-checkpoints 0".split()
+INTERVALS = "--log-interval 1 --eval validation@2 --keep-checkpoints 0".split()
 
 
 @pytest.fixture(scope="module")

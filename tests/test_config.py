@@ -66,7 +66,7 @@ def test_the_reference_run_is_the_published_one():
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule) == (3e-4, 3e-5, "cosine")
     assert (optimizer.warmup_fraction, optimizer.weight_decay, optimizer.clip) == (0.02, 0.1, 1.0)
-    assert optimizer.betas == (0.9, 0.95) and config.interval.validation_interval == 1000
+    assert optimizer.betas == (0.9, 0.95) and config.evaluation.eval == "validation@1000"
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,11 @@ class Bench:
         config, shape, steps = self.config, self.shape, self.config.run.steps
         ds_config = resolve(self.deepspeed_config, config, self.batch)
         engine = Engine(plan_of(entry, shape), config, ds_config, self.batch)
-        common = {"context": shape.context, "micro_batch": self.batch.micro, "vocab_size": shape.vocab_size}
-        common |= {"rank": 0, "ranks": 1}
+        common = {"context": shape.context, "vocab_size": shape.vocab_size}
         validate = Validation(self.validation, tokens=VALIDATION_TOKENS, **common)
         sampler = Sampler(windows(len(self.training), shape.context), config.run.seed)
-        loader = Loader(self.training, sampler, global_batch=self.batch.sequences, last_step=steps, **common)
+        share = common | {"micro_batch": self.batch.micro, "rank": 0, "ranks": 1}
+        loader = Loader(self.training, sampler, global_batch=self.batch.sequences, last_step=steps, **share)
         found = Training()
         with loader:
             engine.set_step(0)

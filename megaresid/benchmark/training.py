@@ -79,7 +79,7 @@ def ours(folder: Path, data: Path, steps: int, ranks: int, deepspeed_config: Pat
         "--run-dir": folder / "run",
         "--global-batch-size": SEQUENCES,
         "--log-interval": 1,
-        "--validation-interval": 0,
+        "--eval": "",
         "--checkpoint-interval": 0,
     }
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]

@@ -132,7 +132,7 @@ class RunData:
             if not count:
                 raise UserError(
                     f"data folder {folder.path}: its {len(folder.validation)} validation tokens hold no window of "
-                    f"{context + 1}: give it more, or --validation-interval 0"
+                    f"{context + 1}: give it more, or leave validation out of --eval"
                 )
         counts = proportional([folder.share for folder in self.folders], available, tokens // context)
         return Mixture(streams, counts, context)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from megaresid.monitoring.tensorboard import TensorBoard
 
 Number = float | int | None
 SCHEMA = 1
+NOT_PRINTED = re.compile(r"seconds/.*|.*_stderr")
+"""Of the numbers of an evaluation: its cost, and standard errors."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -53,11 +56,15 @@ class Recorder:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def record(self, step: int, row: dict[str, Number]) -> None:
-        """Store one row of named numbers for ``step``; what is None or not finite is null, and in no plot."""
+    def record(self, step: int, row: dict[str, Number], failed: dict[str, str] | None = None) -> None:
+        """Store one row of named numbers for ``step``; what is None or not finite is null, and in no plot.
+
+        ``failed`` are the hooks of an evaluation that failed, with what went wrong.
+        """
         known = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
         # JSON has no NaN and no infinity.
-        self._file.write(json.dumps({"schema": SCHEMA, "step": step, **dict.fromkeys(row), **known}) + "\n")
+        tree = {"schema": SCHEMA, "step": step, **dict.fromkeys(row), **known}
+        self._file.write(json.dumps(tree | ({"failed": failed} if failed else {})) + "\n")
         self._tensorboard.scalars(known, step)
         if self._monitors is not None:
             self._monitors.write_events([(name, value, step) for name, value in known.items()])
@@ -78,8 +85,9 @@ class Recorder:
         )
 
     def evaluation_line(self, step: int, row: dict[str, Number]) -> None:
-        """The machine-readable line of a validation: TRAIN_METRICS: step=…, train_loss=…, val_loss=…"""
-        self.say("TRAIN_METRICS: " + ", ".join([f"step={step}", *(f"{k}={_print(v)}" for k, v in row.items())]))
+        """The machine-readable line of an evaluation: TRAIN_METRICS: step=…, train_loss=…, val_loss=…"""
+        printed = (f"{name}={_print(value)}" for name, value in row.items() if not NOT_PRINTED.fullmatch(name))
+        self.say("TRAIN_METRICS: " + ", ".join([f"step={step}", *printed]))
 
 
 def _print(value: Number) -> str:

@@ -7,6 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 GROUPS = {
     "train_loss": "loss/train",
     "val_loss": "loss/validation",
+    "val_bits_per_byte": "loss/validation_bits_per_byte",
     "learning_rate": "optimizer/learning_rate",
     "gradient_norm": "optimizer/gradient_norm",
     "tokens_per_second": "speed/tokens_per_second",
@@ -16,6 +17,7 @@ GROUPS = {
     "tokens": "progress/tokens",
     "training_seconds": "progress/training_seconds",
 }
+"""Of the training's own numbers; all others are an evaluation's."""
 
 
 class TensorBoard:
@@ -26,7 +28,7 @@ class TensorBoard:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(GROUPS.get(name, f"other/{name}"), value, step)
+            self._writer.add_scalar(GROUPS.get(name, f"evaluation/{name}"), value, step)
         self._writer.flush()
 
     def text(self, name: str, value: str) -> None:

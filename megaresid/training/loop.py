@@ -8,7 +8,9 @@ import torch
 import torch.distributed
 
 from megaresid.config import IntervalOptions
+from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
+from megaresid.evaluation.running import Hooks
 from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
 from megaresid.training.engine import Engine, StepResult
 
@@ -55,16 +57,21 @@ def train(
     hooks: Sequence[Hook],
     save: Callable[[int, dict[str, float]], None],
     recorder: Recorder | None,
+    strict: bool = False,
 ) -> None:
     """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
 
-    ``save(step, counters)`` writes a checkpoint of the state after ``step`` updates, on every rank.
+    ``save(step, counters)`` writes a checkpoint of the state after ``step`` updates, on every rank. A hook that fails
+    is told and recorded; where ``strict`` the state is saved then, and the failure raised as a UserError.
     """
     clock = TrainingClock(course.training_seconds)
+    evaluation = Hooks(hooks)
     engine.set_step(course.first)
     if course.first == 0:
         with clock:
-            _evaluate(engine, 0, None, course, hooks, recorder)
+            failure = _evaluate(engine, 0, None, course, evaluation, recorder)
+        if failure and strict:
+            raise UserError(failure)
     logged_step, logged_seconds, skipped = course.first, clock.seconds(), course.skipped_steps
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
@@ -72,10 +79,10 @@ def train(
         result = engine.train_step(micro_batches, rate)
         skipped += result.skipped
         done = step + 1
-        last = done == course.steps
+        last, failure = done == course.steps, None
         if recorder:
             recorder.advance(done)
-        if _due(intervals.log_interval, done, last) or any(hook.due(done, course.steps) for hook in hooks):
+        if _due(intervals.log_interval, done, last) or evaluation.due(done, course.steps):
             loss = _mean_over_ranks(result.loss)
             elapsed = clock.seconds() - logged_seconds
             if recorder:
@@ -86,10 +93,13 @@ def train(
                 recorder.progress_line(done, row)
             logged_step, logged_seconds = done, clock.seconds()
             with clock:
-                _evaluate(engine, done, loss, course, hooks, recorder)
-        if _due(intervals.checkpoint_interval, done, last):
+                failure = _evaluate(engine, done, loss, course, evaluation, recorder)
+        ends = strict and failure is not None
+        if _due(intervals.checkpoint_interval, done, last or ends):
             with clock:
                 save(done, {"training_seconds": clock.seconds(), "skipped_steps": skipped})
+        if ends:
+            raise UserError(failure)
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
@@ -115,12 +125,21 @@ def _row(result: StepResult, loss: float, rate: float, speed: float, course: Cou
 
 
 def _evaluate(
-    engine: Engine, step: int, loss: float | None, course: Course, hooks: Sequence[Hook], recorder: Recorder | None
-) -> None:
-    due = [hook for hook in hooks if hook.due(step, course.steps)]
-    if not due:
-        return
-    found = {name: value for hook in due for name, value in hook.measure(engine).items()}
-    if recorder:
-        recorder.record(step, {"tokens": step * course.tokens_per_step, **found})
-        recorder.evaluation_line(step, {"train_loss": loss, **found})
+    engine: Engine, step: int, loss: float | None, course: Course, hooks: Hooks, recorder: Recorder | None
+) -> str | None:
+    """Run the hooks that are due, and record each at once; of those that failed, the first one's failure."""
+    say = recorder.say if recorder else lambda line: None
+    measured, first_failure = {}, None
+    for hook in hooks.due(step, course.steps):
+        found, failure = hooks.run(hook, engine, say)
+        if failure is not None:
+            failure = f"evaluation {hook.name} failed at step {step}: {failure}"
+            first_failure = first_failure or failure
+            say(failure)
+        measured |= found
+        if recorder:
+            row = {"tokens": step * course.tokens_per_step, **found}
+            recorder.record(step, row, {hook.name: failure} if failure else None)
+    if recorder and measured:
+        recorder.evaluation_line(step, {"train_loss": loss, **measured})
+    return first_failure

@@ -11,7 +11,9 @@ from megaresid.attention.kernels.self_check import check_kernels
 from megaresid.config import RunConfig
 from megaresid.data.mixture import RunData, open_data
 from megaresid.errors import UserError
-from megaresid.evaluation.validation import count_windows
+from megaresid.evaluation import chosen
+from megaresid.evaluation.hook import Hook
+from megaresid.evaluation.validation import Validation, bytes_of_ids
 from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, canonical_name, canonical_parameters
@@ -35,6 +37,7 @@ class Prepared:
     data: RunData
     resume: Path | None
     weights: Path | None
+    hooks: tuple[Hook, ...]
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -63,19 +66,30 @@ def prepare(config: RunConfig) -> Prepared:
             model = GPT(plan)
         _check_rules(model, config, ds_config)
         forward_flops_per_token(plan)
-    validating = config.interval.validation_interval > 0
+    evaluation = config.evaluation
+    entries = chosen.parse(evaluation.eval)
+    names = [name for entry in entries for name in entry.names]
     data = open_data(
         run.data,
         run.data_weights,
         run.data_order,
         run.align_documents,
         vocab_size=plan.shape.vocab_size,
-        validating=validating,
+        validating=chosen.VALIDATION in names,
     )
     data.check_capacity(plan.shape.context, batch.sequences)
-    if validating:
-        tokens = config.interval.validation_tokens
-        count_windows(data.validation(plan.shape.context, tokens), plan.shape.context, tokens)
+    tokenizer = data.folders[0].manifest.content.tokenizer
+    chosen.check_tokenizer(names, tokenizer, data.folders[0].path)
+
+    def validation() -> Validation:
+        return Validation(
+            data.validation(plan.shape.context, evaluation.validation_tokens),
+            context=plan.shape.context,
+            tokens=evaluation.validation_tokens,
+            vocab_size=plan.shape.vocab_size,
+            bytes_of_ids=bytes_of_ids(tokenizer),
+        )
+
     check_usable(run.run_dir, resuming=run.resume is not None)
     prepared = Prepared(
         config=config,
@@ -85,6 +99,7 @@ def prepare(config: RunConfig) -> Prepared:
         data=data,
         resume=_checkpoint_to_resume(run.resume, run.run_dir),
         weights=_required_checkpoint(run.init_from, "--init-from") if run.init_from else None,
+        hooks=chosen.hooks(entries, evaluation.eval_data, validation),
     )
     _check_saved(prepared, model)
     return prepared

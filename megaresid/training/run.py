@@ -13,8 +13,6 @@ from deepspeed.monitor.monitor import MonitorMaster
 from megaresid.attention.kernels.self_check import self_check
 from megaresid.data.loader import Loader
 from megaresid.errors import UserError
-from megaresid.evaluation.hook import Hook
-from megaresid.evaluation.validation import Validation
 from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
 from megaresid.model.init import derived_seed
@@ -82,27 +80,11 @@ def execute(prepared: Prepared) -> None:
         pin=engine.device.type == "cuda",
     )
     with loader, recorder or nullcontext():
-        train(engine, iter(loader), course, config.interval, _hooks(prepared, rank), save, recorder)
+        strict = config.evaluation.eval_strict
+        train(engine, iter(loader), course, config.interval, prepared.hooks, save, recorder, strict)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
     torch.distributed.destroy_process_group()
-
-
-def _hooks(prepared: Prepared, rank: int) -> list[Hook]:
-    interval, shape = prepared.config.interval, prepared.plan.shape
-    stream = prepared.data.validation(shape.context, interval.validation_tokens)
-    if stream is None:
-        return []
-    validation = Validation(
-        stream,
-        context=shape.context,
-        tokens=interval.validation_tokens,
-        micro_batch=prepared.batch.micro,
-        rank=rank,
-        ranks=prepared.batch.ranks,
-        vocab_size=shape.vocab_size,
-    )
-    return [Hook("validation", interval.validation_interval, validation)]
 
 
 def _on_rank_0(make: Callable[[], T]) -> T | None:

@@ -212,7 +212,7 @@ def test_a_training_run_on_adopted_shards(tmp_path):
     main(["adopt", str(folder)])
     (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}))
     command = [sys.executable, "-m", "megaresid.train", "--deepspeed_config", str(tmp_path / "ds.json")]
-    command += ["--data", str(folder), "--run-dir", str(tmp_path / "run"), "--steps", "4", "--validation-interval", "2"]
+    command += ["--data", str(folder), "--run-dir", str(tmp_path / "run"), "--steps", "4", "--eval", "validation@2"]
     command += "--model tiny --layers 2 --width 32 --context 32 --global-batch-size 4 --micro-batch-size 4".split()
     command += "--log-interval 1".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -78,9 +78,7 @@ def evaluated_and_not(folder: str):
     for evaluates in (False, True):
         engine = start_engine(config, tree, folder)
         torch.manual_seed(torch.distributed.get_rank())
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        sizes = {"context": config.shape.context, "tokens": 300, "micro_batch": 5, "vocab_size": 300}
-        validation = Validation(Stream(), rank=rank, ranks=ranks, **sizes)
+        validation = Validation(Stream(), context=config.shape.context, tokens=300, vocab_size=300)
         losses = []
         for step in range(3):
             losses += run_steps(engine, config, step, step + 1)
@@ -92,6 +90,6 @@ def evaluated_and_not(folder: str):
 
 
 def test_evaluation_changes_nothing_of_the_training_that_follows(ranks2, tmp_path):
-    """ZeRO-3, where an evaluation gathers and frees every parameter; 12 windows do not divide by 2 x 5."""
+    """ZeRO-3, where an evaluation gathers and frees every parameter; 12 windows do not divide by 2 x 4."""
     for without, with_evaluation in ranks2.run(evaluated_and_not, str(tmp_path)):
         assert without == with_evaluation
