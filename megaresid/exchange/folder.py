@@ -1,11 +1,11 @@
 """The self-describing folder: a model of any variant, for any machine, without a run directory.
 
-    megaresid.json                          what the model is, and the size and SHA-256 of the other files
+    megaresid.json                          what the model is (``Description``), and the other files' size and SHA-256
     model.safetensors                       its parameters, fp32, by canonical name; or several files with an index
 
 ``megaresid.load(folder)`` makes a model of it. Without megaresid: ``spec`` is the whole model with every option
 written out, ``parameters`` its tensors with their shapes, named ``embed.tokens.weight`` (rows from
-``shape.vocab_size`` on are zeros that pad the matrix; the output head is the same matrix), ``embed.positions.weight``,
+``spec.shape.vocab_size`` on are zeros that pad the matrix; the output head is the same matrix), ``embed.positions.weight``,
 ``layers.07.attention.…``, ``layers.07.mlp.…``, ``….site.…`` (a sublayer's norm and its residual connection) and
 ``head.…`` (the final norm). Weights of linear maps are [outputs, inputs], as in ``torch.nn.Linear``.
 """
@@ -63,11 +63,8 @@ class Description(BaseModel):
     data: str | None
     dtype: Literal["float32"] = "float32"
     products: Literal["float32", "bfloat16"]
-    shape: ModelShape
     attention: str
     residual: str
-    positions: Literal["learned", "none"]
-    documents: bool
     modules: list[str]
     spec: dict[str, Any]
     spec_sha256: str
@@ -77,10 +74,22 @@ class Description(BaseModel):
     def plan(self, folder: Path) -> ModelPlan:
         """Raises UserError where this version, or the user's modules, make another model of the layer specs."""
         try:
+            shape, positions = ModelShape.model_validate(self.spec["shape"]), self.spec["positions"]
             with mistakes_told():
-                plan = ModelPlan(self.shape, self.attention, self.residual, self.positions, self.documents)
+                plan = ModelPlan(
+                    shape,
+                    self.attention,
+                    self.residual,
+                    "learned" if positions else "none",
+                    documents=self.spec["documents"],
+                )
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
+        except (KeyError, ValidationError):
+            raise UserError(
+                f"{folder / DESCRIPTION}: its spec is not of this version of megaresid: use {self.megaresid}, which "
+                "wrote it"
+            ) from None
         if plan.hash != self.spec_sha256:
             others = f" and its own {', '.join(self.modules)}" if self.modules else ""
             raise UserError(
@@ -143,11 +152,8 @@ def describe(
         step=step,
         data=data,
         products="bfloat16" if dtype == torch.bfloat16 else "float32",
-        shape=plan.shape,
         attention=plan.attention,
         residual=plan.residual,
-        positions="learned" if plan.has_positions else "none",
-        documents=plan.documents,
         modules=sorted(name for name in names if ":" in name),
         spec=tree,
         spec_sha256=plan.hash,

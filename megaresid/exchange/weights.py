@@ -43,6 +43,7 @@ def write_weights(
             if given != name or list(tensor.shape) != list(shapes[name]) or tensor.dtype != torch.float32:
                 raise ValueError(f"{given} {list(tensor.shape)} {tensor.dtype} came for {name} {list(shapes[name])}")
         save_file({name: tensor.contiguous() for name, (_, tensor) in held.items()}, folder / file, {"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file makes it for its owner alone
         sync(folder / file)
         say(f"wrote     {file}, {(folder / file).stat().st_size / 2**20:,.1f} MiB")
         del held, tensor  # before the next file's are read
