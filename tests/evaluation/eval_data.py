@@ -1,4 +1,4 @@
-"""Evaluation data for tests: the published files where they are at hand, small made ones of the same form everywhere."""
+"""Evaluation data for tests: the published files where they are at hand, small made ones of their form everywhere."""
 
 import gzip
 import json
@@ -22,9 +22,12 @@ BYTES = tiktoken.Encoding(
 )
 """A token for each byte: small models with a whole vocabulary."""
 
-WIKI = """ \n = First Page = \n \n It was a first @-@ rate page , with 1 @,@ 000 words ; or so . \n Its author said : " N is \
-' one ' ( or [ two ] ) ! " \n \n = = Notes = = \n \n = = = Deeper = = = \n \n 20 ° in the shade 's shade ? \n \n \
- = Second = \n \n Short . \n \n = Third Page = \n \n A 3 @.@ 5 % share of the players ' gains . Café – naïve . \n """
+WIKI = (
+    " \n = First Page = \n \n It was a first @-@ rate page , with 1 @,@ 000 words ; or so . \n"
+    " Its author said : \" N is ' one ' ( or [ two ] ) ! \" \n \n = = Notes = = \n \n = = = Deeper = = = \n \n"
+    " 20 ° in the shade 's shade ? \n \n \n = Second = \n \n Short . \n \n = Third Page = \n \n"
+    " A 3 @.@ 5 % share of the players ' gains . Café – naïve . \n "
+)
 
 PASSAGES = [
     'He said: "I never thought\n\nof that." And she said so',
