@@ -15,20 +15,8 @@ from megaresid.evaluation.data import FIELDS, Row, find, read_rows
 SPLITS = ("test_split", "validation_split", "training_split")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a task comes from: its configuration in lm-evaluation-harness's folder of tasks, the file of its rows, and
-    the document that the configuration expects of a row."""
-
-    configuration: str
-    file: str
-    document: Callable[[Row], Row]
-    dropped: tuple[str, ...] = ()
-    """Keys of the configuration that do not hold for these rows."""
-
-
-def _only(*fields: str) -> Callable[[Row], Row]:
-    return lambda row: {field: row[field] for field in fields}
+def _as_read(row: Row) -> Row:
+    return row
 
 
 def _arc_document(row: Row) -> Row:
@@ -39,17 +27,27 @@ def _hellaswag_document(row: Row) -> Row:
     return {"query": row["query"], "choices": row["choices"], "label": str(row["gold"])}
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a task comes from: its configuration in lm-evaluation-harness's folder of tasks, the file of its rows, and
+    the document that the configuration expects of a row."""
+
+    configuration: str
+    file: str
+    document: Callable[[Row], Row] = _as_read
+    dropped: tuple[str, ...] = ()
+    """Keys of the configuration that do not hold for these rows."""
+
+
 OFFLINE = {
     "arc_easy": Source("arc/arc_easy.yaml", "arc_easy_test.jsonl", _arc_document),
     "hellaswag": Source(
         "hellaswag/hellaswag.yaml", "hellaswag_val_processed.jsonl", _hellaswag_document, dropped=("process_docs",)
     ),
-    "piqa": Source("piqa/piqa.yaml", "piqa_valid.jsonl", _only("goal", "sol1", "sol2", "label")),
-    "winogrande": Source(
-        "winogrande/default.yaml", "winogrande_xl_dev.jsonl", _only("sentence", "option1", "option2", "answer")
-    ),
-    "lambada_openai": Source("lambada/lambada_openai.yaml", "lambada_test.jsonl", _only("text")),
-    "wikitext": Source("wikitext/wikitext.yaml", "wikitext2_raw_test_pages.jsonl", _only("page")),
+    "piqa": Source("piqa/piqa.yaml", "piqa_valid.jsonl"),
+    "winogrande": Source("winogrande/default.yaml", "winogrande_xl_dev.jsonl"),
+    "lambada_openai": Source("lambada/lambada_openai.yaml", "lambada_test.jsonl"),
+    "wikitext": Source("wikitext/wikitext.yaml", "wikitext2_raw_test_pages.jsonl"),
 }
 
 
@@ -76,8 +74,9 @@ def _task(source: Source, path: Path) -> Any:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    read = read_rows(path, FIELDS[source.file])
-    documents = Dataset.from_list([source.document({field: row[field] for field in FIELDS[source.file]}) for row in read])
+    fields = FIELDS[source.file]
+    rows = ({field: row[field] for field in fields} for row in read_rows(path, fields))
+    documents = Dataset.from_list([source.document(row) for row in rows])
     configuration = load_yaml(Path(lm_eval.tasks.__file__).parent / source.configuration)
     evaluated = next(configuration[key] for key in SPLITS if configuration.get(key))
     unused = [key for key in SPLITS if configuration.get(key) != evaluated]

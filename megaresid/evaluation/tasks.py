@@ -125,8 +125,12 @@ def _refuse_beyond_scores(name: str, output_type: str | None, task: Any = None) 
 
 
 def _metric(key: str) -> str:
-    """lm-evaluation-harness writes ``metric,filter``; the filter that does nothing is left out."""
-    return key.removesuffix(",none")
+    """lm-evaluation-harness writes ``metric,filter`` and ``metric_stderr,filter``; ours are ``metric`` where the filter
+    does nothing, else ``metric.filter``, and then ``_stderr``."""
+    metric, _, filtered = key.partition(",")
+    name = metric.removesuffix("_stderr")
+    stderr = metric[len(name) :]
+    return f"{name}{stderr}" if filtered == "none" else f"{name}.{filtered}{stderr}"
 
 
 @contextmanager
