@@ -103,11 +103,15 @@ def assert_same_course(found: Course, case: Case) -> None:
             assert value == pytest.approx(wanted, rel=tolerance, abs=rounding), f"step {step}"
 
 
-def start_engine(case: Case, stage: int, folder: str, optimizer: dict = SGD, **options) -> Engine:
-    """On every rank, an engine whose model is away from initialisation; ZeRO-3 cuts up small parameters too."""
+def start_engine(
+    case: Case, stage: int, folder: str, optimizer: dict = SGD, sections: dict | None = None, **options
+) -> Engine:
+    """On every rank, an engine whose model is away from initialisation; ZeRO-3 cuts up small parameters too.
+    ``sections`` are further ones of DeepSpeed's JSON."""
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     path = Path(folder) / f"rank{dist.get_rank()}.json"
     tree = {"optimizer": optimizer, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    tree |= sections or {}
     path.write_text(json.dumps(tree))
     config = configuration(case, **options)
     batch = plan_batch(config, dist.get_world_size())
