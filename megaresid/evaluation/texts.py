@@ -26,9 +26,7 @@ def wikitext2_rows(data: Path | None) -> list[str]:
     rows. Raises UserError.
     """
     if data is None:
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(download(WIKITEXT2_ON_HUB), columns=["text"])["text"].to_pylist()
+        return _text_column(download(WIKITEXT2_ON_HUB))
     path = find(data, WIKITEXT2)
     text = read_text(path)
     if "\r" in text:
@@ -37,6 +35,19 @@ def wikitext2_rows(data: Path | None) -> list[str]:
     # A last line without an end is a row too.
     lines = text.removesuffix("\n").split("\n")
     return [f"{line}\n" if line.strip() else "" for line in lines]
+
+
+def _text_column(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a table with texts ({type(error).__name__}); remove {WIKITEXT2_ON_HUB.dataset} from the Hub "
+            "library's cache, or give a folder with the files by --eval-data"
+        ) from None
 
 
 def wikitext2_stream(rows: list[str]) -> str:

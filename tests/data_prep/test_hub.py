@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pyarrow
 import pytest
-from hub_server import Fault, HubServer, blob_id
+from hub_server import Fault, HubServer, blob_id, send_library_to
 from huggingface_hub import constants
 from jobs import data_set, expected_shards
 from pyarrow import parquet
@@ -74,23 +74,13 @@ def hub(tmp_path, monkeypatch):
     """A Hub with FineWeb on it, an empty cache, and waits that are noted in ``hub.waits`` and take no time."""
     with HubServer() as server:
         server.push(NAME, FILES)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        send_library_to(server.url, tmp_path, monkeypatch)
         # Small files must be large enough to be cut, and to break off in the middle of.
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
         for module in (grouping, parquet_source):
             monkeypatch.setattr(module, "UNIT_BYTES", 200)
-        for name in ("http_proxy", "https_proxy", "all_proxy", "HF_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-            monkeypatch.delenv(name.upper(), raising=False)
         server.waits = []
         monkeypatch.setattr(time, "sleep", server.waits.append)
-        huggingface_hub.close_session()
         yield server
     huggingface_hub.close_session()
 
