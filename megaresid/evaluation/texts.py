@@ -75,7 +75,7 @@ def _is_title(line: str) -> bool:
 
 
 # WikiText's spaces around numbers and marks are undone in this order.
-_BEFORE_PAIRS = [("s '", "s'"), ("/' [0-9]/", "/'[0-9]/"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
+_BEFORE_PAIRS = [(" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _BEFORE_PAIRS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ("()", "[]", "{}", '""', "''")
 _AFTER_PAIRS = [("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}")]
@@ -84,7 +84,10 @@ _AFTER_PAIRS += [(" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
 
 def detokenized(page: str) -> str:
     """A page of WikiText as lm-evaluation-harness's task ``wikitext`` has the model read it: marks, numbers, brackets
-    and quotations without the spaces that WikiText put around them; its slips are kept (" N " becomes " 1 ")."""
+    and quotations without the spaces that WikiText put around them. The task's slips are kept: " N " becomes " 1 ",
+    and a digit between slashes becomes its own pattern."""
+    page = page.replace("s '", "s'")
+    page = re.sub(r"/' [0-9]/", "/'[0-9]/", page)
     for spaced, joined in _BEFORE_PAIRS:
         page = page.replace(spaced, joined)
     for left, right in _PAIRS:
