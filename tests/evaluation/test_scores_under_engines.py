@@ -115,8 +115,9 @@ def score_in_bf16(stage: int, folder: str) -> None:
         loaded = LoadedModel(model, torch.device("cpu"), torch.bfloat16 if dtype == torch.float32 else None, 8)
         for idx, targets in batches(rank):
             log_p, greedy = engine.score(idx, targets)
-            expected, likeliest = loaded.score(idx, targets)
-            assert torch.equal(log_p, expected) and torch.equal(greedy, likeliest)
+            assert engine.loss(idx, targets).item() == pytest.approx(-log_p.sum().item() / idx.numel(), rel=1e-5)
+            if stage < 3:  # which rounds parameters that it gathers from two ranks
+                assert all(map(torch.equal, (log_p, greedy), loaded.score(idx, targets)))
             in_fp32 = definition(plain, idx, targets)[0]
             assert not len(log_p) or 1e-5 < (log_p - in_fp32).abs().max() < 0.5, "not in bf16"
         engine.deepspeed.destroy()
