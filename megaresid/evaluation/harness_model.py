@@ -55,18 +55,19 @@ class HarnessModel(TemplateLM):
         for owner, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            found = [Request(*make_disjoint_window(window)) for window in rolling]
+            found = [(None, *make_disjoint_window(window)) for window in rolling]
             windows += found
             owners += [owner] * len(found)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, score(self.engine, windows), strict=True):
-            totals[owner] += found.log_probability
+        for owner, (log_probability, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_probability
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("tasks that generate text are not supported: only those that score given text")
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_
     ) -> list[tuple[float, bool]]:
-        return list(map(tuple, score(self.engine, [Request(*ids) for _, *ids in requests])))
+        scores = score(self.engine, [Request(context, continuation) for _, context, continuation in requests])
+        return [(found.log_probability, found.greedy) for found in scores]
