@@ -3,6 +3,7 @@
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ from megaresid.training.run_dir import read_json, read_metrics
 
 COUNTED_TOKENS = 100_000_000
 PIECE = 1 << 20
+SECONDS = "seconds/"
 
 
 def unigram_loss(
@@ -54,7 +56,7 @@ def _counts(stream: TokenStream, start: int, tokens: int, vocab_size: int) -> np
 
 
 def summarise(run: Path) -> str:
-    """The summary of a run. Raises UserError where there is no run, no validation yet, or no longer its data.
+    """The summary of a run. Raises UserError where there is no run, no evaluation yet, or no longer its data.
 
     Args:
         run: A run directory.
@@ -62,21 +64,9 @@ def summarise(run: Path) -> str:
     config, shape = read_json(run, "config.json"), read_json(run, "spec.json")["shape"]
     # A run that has only just begun has no metrics.jsonl yet.
     rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-    validations = [row for row in rows if "val_loss" in row]
-    if not validations:
-        raise UserError(f"{run}: no validation has been recorded: train with --validation-interval above 0")
-    folders = _folders(run)
-    context, most = shape["context"], config["validation_tokens"]
-    training, validation, shares = zip(*folders)
-    available = [windows(len(stream), context) for stream in validation]
-    tokens = [count * context for count in proportional(shares, available, most // context)]
-    unigram = unigram_loss(training, validation, tokens, shares, shape["vocab_size"])
-    first, last = validations[0], validations[-1]
-    lines = [
-        f"validation loss   {_loss(first)} at step {first['step']}, {_loss(last)} at step {last['step']} after "
-        f"{last['tokens']:,} tokens",
-        f"unigram loss      {unigram:.3f} on the same tokens{_relative(last['val_loss'], unigram)}",
-    ]
+    lines = [*validation_lines(run, rows, config, shape), *evaluation_lines(rows)]
+    if not lines:
+        raise UserError(f"{run}: no evaluation has been recorded: train with --eval, such as validation@100")
     if speeds := [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]:
         lines.append(f"speed             {statistics.median(speeds):,.0f} tokens per second (median, training alone)")
     tensorboard = _from_here(Path(sys.executable).parent / "tensorboard")
@@ -85,6 +75,51 @@ def summarise(run: Path) -> str:
         f"TensorBoard       {shlex.join([str(tensorboard), '--logdir', str(run / 'tensorboard')])}",
     ]
     return "\n".join(lines)
+
+
+def validation_lines(run: Path, rows: list[dict], config: dict[str, Any], shape: dict[str, Any]) -> list[str]:
+    """The first and the last validation loss, and that of a model without context; nothing without a validation."""
+    validations = [row for row in rows if "val_loss" in row]
+    if not validations:
+        return []
+    folders = _folders(run)
+    context, most = shape["context"], config["validation_tokens"]
+    training, validation, shares = zip(*folders)
+    available = [windows(len(stream), context) for stream in validation]
+    tokens = [count * context for count in proportional(shares, available, most // context)]
+    unigram = unigram_loss(training, validation, tokens, shares, shape["vocab_size"])
+    first, last = validations[0], validations[-1]
+    return [
+        f"validation loss   {_loss(first)} at step {first['step']}, {_loss(last)} at step {last['step']} after "
+        f"{last['tokens']:,} tokens",
+        f"unigram loss      {unigram:.3f} on the same tokens{_relative(last['val_loss'], unigram)}",
+    ]
+
+
+def evaluation_lines(rows: list[dict]) -> list[str]:
+    """The last value of each other number that evaluations gave, the last failure of each that failed since it last
+    gave any, and the seconds that all took."""
+    last: dict[str, dict] = {}
+    seconds: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    for row in rows:
+        failed |= row.get("failed", {})
+        # What an evaluation gave stands with its seconds in one row.
+        for hook in [name.removeprefix(SECONDS) for name in row if name.startswith(SECONDS)]:
+            seconds[hook] += row[SECONDS + hook]
+            failed.pop(hook, None)
+            last |= {name: row for name in row if name not in ("schema", "step", "tokens", "val_loss", SECONDS + hook)}
+    lines = []
+    for name, row in last.items():
+        error = row.get(f"{name}_stderr")
+        if not name.endswith("_stderr"):
+            value = "not finite" if row[name] is None else f"{row[name]:.4g}"
+            lines.append(f"{name:17} {value}{'' if error is None else f' +- {error:.2g}'} at step {row['step']}")
+    lines += [f"failed            {failure}" for failure in failed.values()]
+    if seconds:
+        each = ", ".join(f"{name} {spent:,.1f} s" for name, spent in seconds.items())
+        lines.append(f"evaluation took   {each}")
+    return lines
 
 
 def _folders(run: Path) -> list[tuple[TokenStream, TokenStream, Fraction]]:

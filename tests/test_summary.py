@@ -178,11 +178,33 @@ def test_what_is_no_run(tmp_path, capsys, monkeypatch):
     assert "mistyped" in said and "not a run directory" in said
 
 
-def test_a_run_without_a_validation(run, capsys, monkeypatch):
+def test_a_run_without_an_evaluation(run, capsys, monkeypatch):
     write_metrics(run, {"step": 10, "train_loss": 2.5, "tokens_per_second": 1000.0})
-    assert "no validation has been recorded" in fails_with(capsys, monkeypatch, run)
+    assert "no evaluation has been recorded" in fails_with(capsys, monkeypatch, run)
     (run / "metrics.jsonl").unlink()
-    assert "no validation has been recorded" in fails_with(capsys, monkeypatch, run)
+    assert "no evaluation has been recorded" in fails_with(capsys, monkeypatch, run)
+
+
+def test_the_last_number_of_each_evaluation_its_failures_and_its_cost(run):
+    """Without a validation; a hook that failed and worked again has not failed, one that failed last has."""
+    told = {"schema": 1, "tokens": 0}
+    write_metrics(
+        run,
+        {"step": 0, **told, "wikitext2/token_ppl": 50000.0, "seconds/wikitext2": 3.25},
+        {"step": 0, **told, "failed": {"mine:own": "evaluation mine:own failed at step 0: no luck"}},
+        {"step": 10, **told, "mine": None, "seconds/mine:own": 0.5},
+        {"step": 10, **told, "failed": {"lambada": "evaluation lambada failed at step 10: no file"}},
+        {"step": 20, **told, "wikitext2/token_ppl": 54.114, "seconds/wikitext2": 3.5},
+        {"step": 20, **told, "a/acc": 0.54, "a/acc_stderr": 0.0123, "b/acc": 0.25, "seconds/a,b": 1000.0},
+    )
+    assert summary.summarise(run).splitlines()[:-2] == [
+        "wikitext2/token_ppl 54.11 at step 20",
+        "mine              not finite at step 10",
+        "a/acc             0.54 +- 0.012 at step 20",
+        "b/acc             0.25 at step 20",
+        "failed            evaluation lambada failed at step 10: no file",
+        "evaluation took   wikitext2 6.8 s, mine:own 0.5 s, a,b 1,000.0 s",
+    ]
 
 
 def test_a_data_folder_that_is_gone_or_holds_other_data(run, capsys, monkeypatch):
