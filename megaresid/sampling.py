@@ -45,7 +45,7 @@ class Sampling:
         shifted = (logits[ids] - logits.max()).double() / self.temperature
         probabilities = shifted.softmax(0)
         if self.top_p < 1:
-            kept = 1 + int((probabilities[:-1].cumsum(0) < self.top_p).sum())
+            kept = 1 + int((probabilities.cumsum(0) < self.top_p).sum())
             ids, probabilities = ids[:kept], probabilities[:kept] / probabilities[:kept].sum()
         return ids, probabilities
 

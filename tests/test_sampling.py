@@ -64,6 +64,12 @@ def test_top_k_keeps_k_of_equal_tokens():
         assert Sampling(1.0, k).distribution(torch.tensor([0.0, 5.0, 5.0, 5.0]))[0].tolist() == [1, 2, 3][:k]
 
 
+def test_equal_tokens_go_by_id_in_a_large_vocabulary_too():
+    logits = torch.tensor([0.0, 9.0]).repeat(5000)
+    for sampling in (Sampling(1.0, 40), Sampling(1.0, 0, 39.5 / 5000)):
+        assert sampling.distribution(logits)[0].tolist() == list(range(1, 80, 2))
+
+
 def test_top_p_acts_on_what_top_k_left_at_the_temperature():
     """Of two tokens at 2/3 and 1/3, where a third would have made it less than half."""
     logits = torch.tensor([2.0, 1.0, 1.0]) * math.log(2)
@@ -144,6 +150,7 @@ MIXERS = {
     "gated_delta_net": (None, True),
     "gla + softmax": (8, True),
     "test_sampling:Forgetful": (8, False),
+    "test_sampling:Forgetful(positions=rope)": (8, False),
 }
 """How many tokens of a text the model sees (None: all), and whether it goes on from what it kept."""
 
@@ -183,6 +190,7 @@ def test_every_token_is_run_once_and_the_logits_are_those_of_running_all_again(
     monkeypatch.setattr(TokenEmbedding, "forward", counting(TokenEmbedding.forward, lengths := []))
     assert list(continuation(model, prompt, 16, script, 0)) == SCRIPT
     torch.testing.assert_close(torch.stack(script.logits), torch.stack(expected), rtol=1e-9, atol=1e-9)
+    assert not any(logits.requires_grad for logits in script.logits)
     once = [3, *[1] * (5 if seen else 15)]
     assert lengths == (once + [8] * (16 - len(once)) if decodes else [3, 4, 5, 6, 7, *[8] * 11])
 
