@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megaresid.config import RunConfig, from_flat
-from megaresid.errors import UserError
+from megaresid.errors import UserError, suggestion
 from megaresid.exchange.folder import open_folder
 from megaresid.exchange.restore import check_fit, filled
 from megaresid.model.gpt import GPT
 from megaresid.model.plan import ModelPlan
+from megaresid.model.presets import PRESETS
 from megaresid.training.checkpoint import find_checkpoint, iterate_parameters
 from megaresid.training.checkpoint_format import Header, SavedState
 from megaresid.training.run_dir import SCHEMA, read_json
@@ -113,7 +114,9 @@ def load_config(run: Path) -> RunConfig:
 
 
 def _plan_of(run: Path, config: RunConfig, header: Header) -> ModelPlan:
-    source = run / "config.json"
+    source, preset = run / "config.json", config.model.model
+    if preset not in PRESETS:
+        raise UserError(f"{source}: model={preset!r} is not known: {suggestion(preset, PRESETS)}")
     try:
         with mistakes_told():
             plan = config.plan()

@@ -5,9 +5,10 @@
 
 ``megaresid.load(folder)`` makes a model of it. Without megaresid: ``spec`` is the whole model with every option
 written out, ``parameters`` its tensors with their shapes, named ``embed.tokens.weight`` (rows from
-``spec.shape.vocab_size`` on are zeros that pad the matrix; the output head is the same matrix), ``embed.positions.weight``,
-``layers.07.attention.…``, ``layers.07.mlp.…``, ``….site.…`` (a sublayer's norm and its residual connection) and
-``head.…`` (the final norm). Weights of linear maps are [outputs, inputs], as in ``torch.nn.Linear``.
+``spec.shape.vocab_size`` on are zeros that pad the matrix; the output head is the same matrix),
+``embed.positions.weight``, ``layers.07.attention.…``, ``layers.07.mlp.…``, ``….site.…`` (a sublayer's norm and its
+residual connection) and ``head.…`` (the final norm). Weights of linear maps are [outputs, inputs], as in
+``torch.nn.Linear``.
 """
 
 import hashlib
