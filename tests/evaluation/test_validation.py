@@ -1,17 +1,24 @@
 """The validation loss is the mean over fixed windows, however they are cut into micro-batches and ranks."""
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from data_prep.tokenizer import RANKS_SHA256, gpt2_encoding
+from megaresid.data.manifest import Tokenizer
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
-from megaresid.evaluation.validation import Validation
+from megaresid.evaluation.validation import Validation, bytes_of_ids
 from megaresid.model.gpt import build
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 
 SHAPE = ModelShape(layers=1, heads=2, width=16, context=8, vocab_size=60)
+
+GPT2 = Tokenizer(name="gpt2", sha256=RANKS_SHA256, vocab_size=50257, end_of_text=50256)
 
 
 class Stream:
@@ -96,6 +103,57 @@ def test_the_token_limit_cuts_to_whole_windows_and_a_process_without_ranks_will_
     engine = PlainEngine()
     found = validation(stream, tokens=5 * 8 + 7)(engine)["val_loss"]
     assert found == pytest.approx(definition(engine, stream, 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bits_per_byte_are_all_nats_over_the_bytes_of_the_targets(stream, monkeypatch, ranks):
+    """By a loop over the targets of 12 windows, with 0 bytes for the last id and 1 to 5 for the others."""
+    lengths = [1 + (7 * id) % 5 for id in range(59)] + [0]
+    engine, group = PlainEngine(), Ranks(monkeypatch, ranks)
+    for group.rank in range(ranks):
+        validation(stream, bytes_of_ids=torch.tensor(lengths))(engine)
+    nats, text_bytes = sum(group.sums).tolist()
+    targets = [int(stream.tokens[window * 8 + 1 + column]) for window in range(12) for column in range(8)]
+    assert 59 in targets and text_bytes == sum(lengths[target] for target in targets)
+    assert nats == pytest.approx(definition(engine, stream, 12) * 96, rel=1e-6)
+    if ranks == 1:
+        found = validation(stream, bytes_of_ids=torch.tensor(lengths))(engine)
+        assert found["val_bits_per_byte"] == pytest.approx(found["val_loss"] * 96 / math.log(2) / text_bytes, rel=1e-12)
+
+
+def test_the_bytes_of_gpt2s_ids(tmp_path, monkeypatch):
+    encoding = gpt2_encoding()
+    lengths = bytes_of_ids(GPT2)
+    assert lengths.shape == (50257,) and lengths[50256] == 0
+    text = "Bytes, not characters: naïve 漢字 🙂\n\n" + "".join(map(chr, range(32, 2000)))
+    assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
+    assert bytes_of_ids(GPT2.model_copy(update={"sha256": "0" * 64})) is None
+    monkeypatch.setenv("MEGARESID_GPT2_VOCAB", str(tmp_path / "missing"))
+    assert bytes_of_ids(GPT2) is None
+
+
+class Damaged(Stream):
+    """An id outside the vocabulary in window 7 of 12."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens.copy())
+        self.tokens[7 * 8 + 3] = 60
+
+    def place(self, window, column, context):
+        return Path("val_000000.bin"), window * context + column
+
+
+def test_a_bad_id_on_one_rank_is_raised_when_no_rank_waits_for_it(stream, monkeypatch):
+    engine, group, forwards = PlainEngine(2), Ranks(monkeypatch, 2), []
+    for group.rank in range(2):
+        engine.forwards, failed = 0, False
+        try:
+            validation(Damaged(stream.tokens))(engine)
+        except UserError as error:
+            assert "val_000000.bin: token 59 is id 60" in str(error)
+            failed = True
+        forwards.append((engine.forwards, failed, len(group.sums)))
+    assert forwards == [(3, False, 1), (3, True, 2)]
 
 
 def test_a_split_without_one_window_is_refused():

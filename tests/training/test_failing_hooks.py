@@ -78,7 +78,9 @@ def test_each_failure_is_told_and_recorded_and_the_run_goes_on(ranks2, tmp_path)
     for rows, lines, trained in ranks2.run(run_with_failures, str(tmp_path)):
         assert len(trained) == END
         for step in (0, END):
-            failed = {name: row["failed"][name] for row in rows if row["step"] == step for name in row.get("failed", ())}
+            failed = {}
+            for row in rows:
+                failed |= row.get("failed", {}) if row["step"] == step else {}
             for measure, message in FAILURES.items():
                 said = failed.pop(measure.__name__)
                 assert said.startswith(f"evaluation {measure.__name__} failed at step {step}: ") and message in said
