@@ -104,7 +104,7 @@ def _rows(sequences: Sequence[np.ndarray], counts: Sequence[int]) -> tuple[list[
 def _batches(rows: list[Row], positions: int, ranks: int) -> list[list[Row]]:
     """Cut rows that are ordered by length into batches of at most ``positions``, padding included, or of one row. Where
     there is little to do, each rank gets a share of it."""
-    positions = min(positions, -(-sum(len(row.inputs) for row in rows) // ranks))
+    positions = min(positions, -(-len(rows) // ranks) * len(rows[0].inputs))
     batches, start = [], 0
     while start < len(rows):
         size = max(1, positions // len(rows[start].inputs))
@@ -145,5 +145,5 @@ def _totals(owner: np.ndarray, found: list[tuple[torch.Tensor, torch.Tensor]], r
     """fp64 [2, requests]: the summed log-probability of each, and how many of its tokens are not the likeliest."""
     # Only here does the CPU wait for the device.
     log_p, greedy = (torch.cat(tensors).cpu().numpy() for tensors in zip(*found, strict=True))
-    sums = (np.bincount(owner, weights, minlength=requests) for weights in (log_p, ~greedy))
-    return torch.from_numpy(np.stack(list(sums)))
+    sums = [np.bincount(owner, weights, minlength=requests) for weights in (log_p, ~greedy)]
+    return torch.from_numpy(np.stack(sums).astype(np.float64))  # the count of nothing is an integer
