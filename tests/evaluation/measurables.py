@@ -9,7 +9,8 @@ from megaresid.model.presets import ModelShape
 
 def bytes_model(context: int, **options) -> GPT:
     """A small model over the 257 tokens of ``eval_data.BYTES``, fp64 unless told, away from initialisation."""
-    return model_of("vanilla", ModelShape(layers=2, heads=2, width=16, context=context, vocab_size=257), **options)
+    shape = ModelShape(layers=2, heads=2, width=16, context=context, vocab_size=257, end_of_text=256)
+    return model_of("vanilla", shape, **options)
 
 
 class FullLogits:

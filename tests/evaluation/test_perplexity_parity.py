@@ -1,0 +1,121 @@
+"""lm-evaluation-harness's own tasks, run by its own HFLM on the same weights, give the perplexities that we give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from eval_data import BYTES, PASSAGES, REAL, needs_real_data, small_data, write_jsonl
+from measurables import FullLogits, bytes_model
+from small_models import model_of
+
+from megaresid.evaluation.perplexity import lambada, wikitext2
+from megaresid.evaluation.texts import lambada_passages, wikitext2_pages, wikitext2_rows
+from megaresid.exchange.gpt2_config import config_of
+from megaresid.exchange.gpt2_names import our_names, to_gpt2
+from megaresid.model.gpt import GPT, canonical_parameters
+from megaresid.model.presets import ModelShape
+
+lm_eval = pytest.importorskip("lm_eval", exc_type=ImportError)
+pytest.importorskip("accelerate", reason="HFLM needs it")
+
+
+def task_of(name: str, file: str, rows: list[dict]):
+    """The task as lm-evaluation-harness defines it, over these rows instead of the Hub's."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file)
+    for key in ("dataset_path", "dataset_name", "training_split", "validation_split", "metadata", "tag"):
+        config.pop(key, None)
+    return ConfigurableTask(config=config | {"custom_dataset": lambda: {"test": Dataset.from_list(rows)}})
+
+
+def by_hflm(model: GPT, tokenizer, data: Path) -> dict[str, float]:
+    """Its numbers under our names."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    twin = GPT2LMHeadModel(GPT2Config(**config_of(model.shape))).to(next(model.parameters()).dtype)
+    parameters = canonical_parameters(model, model.prefixes)
+    ours = ((name, parameters[name].detach()) for name in our_names(model.shape))
+    missing, unexpected = twin.load_state_dict(dict(to_gpt2(model.shape, ours)), strict=False)
+    assert not unexpected and missing == ["lm_head.weight"]
+    tasks = {
+        "wikitext": ("wikitext/wikitext.yaml", [{"page": page} for page in wikitext2_pages(wikitext2_rows(data))]),
+        "lambada_openai": ("lambada/lambada_openai.yaml", [{"text": text} for text in lambada_passages(data)]),
+    }
+    found = evaluate(
+        HFLM(pretrained=twin.eval(), tokenizer=tokenizer, max_length=model.shape.context, device="cpu", batch_size=3),
+        {name: task_of(name, *given) for name, given in tasks.items()},
+        bootstrap_iters=0,
+        log_samples=False,
+    )["results"]
+    wiki, words = found["wikitext"], found["lambada_openai"]
+    return {
+        "wikitext2/word_ppl": wiki["word_perplexity,none"],
+        "wikitext2/byte_ppl": wiki["byte_perplexity,none"],
+        "wikitext2/bits_per_byte": wiki["bits_per_byte,none"],
+        "lambada/lastword_ppl": words["perplexity,none"],
+        "lambada/lastword_acc": words["acc,none"],
+    }
+
+
+def assert_parity(model: GPT, encoding, tokenizer, data: Path) -> dict[str, float]:
+    engine = FullLogits(model, 4 * model.shape.context)
+    ours = wikitext2(data, encoding)(engine) | lambada(data, encoding)(engine)
+    theirs = by_hflm(model, tokenizer, data)
+    # HFLM adds up the log-probabilities of a window in fp32 whatever the model is in.
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-6)
+    assert ours.keys() - theirs.keys() == {"wikitext2/token_ppl", "lambada/token_ppl"}
+    return ours
+
+
+def bytes_tokenizer():
+    """``eval_data.BYTES`` as Hugging Face's tokenizers have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("context", [8, 16, 64])
+def test_small_texts(tmp_path, context):
+    """Pages and passages that are cut many times, and hardly. HFLM refuses a last word longer than the context."""
+    data = small_data(tmp_path)
+    assert_parity(bytes_model(context), BYTES, bytes_tokenizer(), data)
+
+
+def test_passages_that_the_model_completes(tmp_path):
+    """With some right last words: the model's own first choices of up to two letters."""
+    data, model = small_data(tmp_path), bytes_model(64)
+    engine = FullLogits(model, 64)
+    texts = []
+    for passage in PASSAGES:
+        first = int(engine.logits(torch.tensor([list(f"{passage} ".encode())]))[0, -1, :128].argmax())
+        texts += [f"{passage} {chr(first)}", f"{passage} {chr(first)}x"]
+    write_jsonl(data / "lambada_test.jsonl.gz", [{"text": text} for text in texts])
+    assert 0 < assert_parity(model, BYTES, bytes_tokenizer(), data)["lambada/lastword_acc"] < 1
+
+
+@pytest.mark.full
+@needs_real_data
+def test_a_slice_of_the_published_texts(tmp_path):
+    """In GPT-2's tokens: an article and forty passages."""
+    from transformers import GPT2TokenizerFast
+
+    from data_prep.tokenizer import gpt2_encoding
+
+    text = "\n".join(wikitext2_pages(wikitext2_rows(REAL))[:1])
+    (tmp_path / "wikitext2_raw_test.txt").write_text(text, encoding="utf-8")
+    write_jsonl(tmp_path / "lambada_test.jsonl", [{"text": text} for text in lambada_passages(REAL)[:40]])
+    folder = REAL.parent / "gpt2_vocab"
+    tokenizer = GPT2TokenizerFast(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    model = model_of("vanilla", ModelShape(layers=2, heads=2, width=16, context=64))
+    assert_parity(model, gpt2_encoding(), tokenizer, tmp_path)
