@@ -50,7 +50,7 @@ class RunOptions(Section):
     resume: str | None = None
     """`auto`: go on from the newest complete checkpoint of --run-dir, if there is one. Or a checkpoint's path."""
     init_from: Path | None = None
-    """Start from the weights (only) of this run or checkpoint."""
+    """Start from the weights (only) of this run, checkpoint or exported folder."""
     dry_run: bool = False
     """Print parameters, tokens, FLOPs, memory per rank and the resolved JSON, then stop."""
 

@@ -16,6 +16,7 @@ import torch
 
 from data_prep.__main__ import main as data_prep
 from megaresid.data.shards import HEADER_BYTES
+from megaresid.export import export
 from megaresid.training.checkpoint import read_parameters
 from megaresid.training.run_dir import read_metrics
 
@@ -135,6 +136,19 @@ def test_init_from_takes_the_weights_and_nothing_else_in_a_single_process(workpl
     last = [row["val_loss"] for row in read_metrics(whole) if "val_loss" in row][-1]
     assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(last, rel=1e-6)
     assert rows[1]["step"] == 1 and rows[1]["learning_rate"] == read_metrics(whole)[1]["learning_rate"]
+
+
+@pytest.mark.full
+def test_init_from_takes_the_weights_of_an_exported_folder(workplace, whole):
+    export(whole, "safetensors", workplace / "exported")
+    begun = workplace / "begun_from_exported"
+    options = ("--run-dir", str(begun), "--init-from", str(workplace / "exported"))
+    code, said = start(workplace, "alone", *options)
+    assert code == 0, said[-3000:]
+    last = [row["val_loss"] for row in read_metrics(whole) if "val_loss" in row][-1]
+    assert read_metrics(begun)[0]["val_loss"] == pytest.approx(last, rel=1e-6)
+    code, said = start(workplace, "alone", *options[2:], "--run-dir", str(workplace / "wide"), "--width", "24")
+    assert code == 2 and "embed.tokens.weight has shape" in said
 
 
 def test_an_id_outside_the_vocabulary_that_only_a_batch_shows_ends_every_rank(workplace):

@@ -168,15 +168,20 @@ def write_description(folder: Path, description: Description) -> None:
     write_text(folder / DESCRIPTION, json.dumps(description.model_dump(mode="json"), indent=1) + "\n")
 
 
+def is_folder(path: Path) -> bool:
+    """Whether an exported model is there, whatever its state."""
+    return (path / DESCRIPTION).is_file()
+
+
 def open_folder(path: Path) -> ExportedModel | None:
     """The model of an exported folder, None where ``path`` is none. Its parameters are not read yet.
 
     Raises UserError for a description or weights that are damaged or of another version, a user's module that cannot
     be imported, and parameters that are not the model's.
     """
-    if not (path / DESCRIPTION).is_file():
+    if not is_folder(path):
         return None
-    description = _read_description(path / DESCRIPTION)
+    description = read_description(path)
     plan = description.plan(path)
     with Weights(path) as weights:
         if weights.shapes != description.parameters:
@@ -195,7 +200,9 @@ def check_files(folder: Path, description: Description) -> None:
             raise UserError(f"{path}: its bytes are not those that {DESCRIPTION} lists, it is damaged: get a good copy")
 
 
-def _read_description(path: Path) -> Description:
+def read_description(folder: Path) -> Description:
+    """Raises UserError for one that is damaged or of another version."""
+    path = folder / DESCRIPTION
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict) and tree.get("schema_version") != 1:

@@ -49,12 +49,15 @@ from megaresid.training.zero_state.live import PARAMETER, LiveState
 __all__ = [
     "CheckpointError",
     "CheckpointState",
+    "agreed",
+    "check_shapes",
     "copy_parameters",
     "find_checkpoint",
     "iterate_parameters",
     "load_checkpoint",
     "read_parameters",
     "save_checkpoint",
+    "shapes_of",
 ]
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -95,7 +98,7 @@ def save_checkpoint(
     target, aside = checkpoints_dir / step_dir(step), checkpoints_dir / (ASIDE + step_dir(step))
     what = f"checkpoint {target}"
     try:
-        with _agreed(what):
+        with agreed(what):
             if keep is not None and keep < 1:
                 raise UserError(f"checkpoints to keep: {keep}; keep at least 1")
             if engine.micro_steps % engine.gradient_accumulation_steps():
@@ -106,11 +109,11 @@ def save_checkpoint(
             if rank == 0:
                 _make_room(checkpoints_dir, target)
                 aside.mkdir()
-        with _agreed(what):
+        with agreed(what):
             record = write_tensors(aside / rank_file(rank), tensors, runs)
-            part = record, _shapes(parameters), live.scalars(), _generator_states()
+            part = record, shapes_of(parameters), live.scalars(), _generator_states()
         parts = _gathered(part)
-        with _agreed(what):
+        with agreed(what):
             if rank == 0:
                 records, shapes, scalars, generators = zip(*parts)
                 header = Header(
@@ -130,7 +133,7 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
         raise
     if keep is not None:
-        with _agreed(f"old checkpoints of {checkpoints_dir}"):
+        with agreed(f"old checkpoints of {checkpoints_dir}"):
             if rank == 0:
                 _retain(checkpoints_dir, keep)
     return target
@@ -163,14 +166,14 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     what = f"checkpoint {path}"
     live, saved = _opened(engine, parameters, path)
     with saved:
-        with _agreed(what):
+        with agreed(what):
             live.owned_scalars(saved)
-        with _agreed(what):
+        with agreed(what):
             live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
             live.restore_optimizer(saved)
         live.publish()
         header = saved.header
-    with _agreed(what):
+    with agreed(what):
         for name in ENGINE_COUNTERS:
             setattr(engine, name, header.engine[name])
         # Counted anew, since another rank count may accumulate over another number of micro-batches.
@@ -188,7 +191,7 @@ def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     """
     live, saved = _opened(engine, parameters, path)
     with saved:
-        with _agreed(f"checkpoint {path}"):
+        with agreed(f"checkpoint {path}"):
             live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
         live.publish()
 
@@ -197,12 +200,12 @@ def _opened(engine, parameters: Mapping[str, nn.Parameter], path: Path) -> tuple
     """An engine's state, and the checkpoint of parameters with the same names and shapes; each rank hashes its share
     of the files."""
     what = f"checkpoint {path}"
-    with _agreed(what):
-        live, shapes = live_state(engine, parameters), _shapes(parameters)
+    with agreed(what):
+        live, shapes = live_state(engine, parameters), shapes_of(parameters)
         files = complete_files(path)
         check_hashes(path, files, sorted(files)[dist.get_rank() :: dist.get_world_size()])
     shapes = _merged(_gathered(shapes))
-    with _agreed(what):
+    with agreed(what):
         saved = SavedState(path)
         check_shapes(str(path), saved.header.parameters, shapes)
     return live, saved
@@ -249,7 +252,7 @@ def _retain(folder: Path, keep: int) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
+def shapes_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
     """Full shapes; ZeRO-3 leaves an empty tensor in the module and keeps the shape aside."""
     return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
 
@@ -297,7 +300,7 @@ def _merged(parts: Any) -> dict:
 
 
 @contextmanager
-def _agreed(what: str) -> Iterator[None]:
+def agreed(what: str) -> Iterator[None]:
     """A stretch of work without collectives whose failure on any rank is raised on every rank."""
     failure = None
     try:

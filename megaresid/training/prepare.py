@@ -14,6 +14,7 @@ from megaresid.errors import UserError
 from megaresid.evaluation import chosen
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.validation import Validation, bytes_of_ids
+from megaresid.exchange.folder import is_folder, read_description
 from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, canonical_name, canonical_parameters
@@ -98,7 +99,7 @@ def prepare(config: RunConfig) -> Prepared:
         ds_config=ds_config,
         data=data,
         resume=_checkpoint_to_resume(run.resume, run.run_dir),
-        weights=_required_checkpoint(run.init_from, "--init-from") if run.init_from else None,
+        weights=_weights(run.init_from) if run.init_from else None,
         hooks=chosen.hooks(entries, evaluation.eval_data, validation),
     )
     _check_saved(prepared, model)
@@ -128,6 +129,10 @@ def _check_saved(prepared: Prepared, model: GPT) -> None:
     path = prepared.resume or prepared.weights
     if path is None:
         return
+    shapes = {name: list(p.shape) for name, p in canonical_parameters(model, model.prefixes).items()}
+    if is_folder(path):
+        check_shapes(str(path), read_description(path).parameters, shapes)
+        return
     with SavedState(path) as saved:
         header = saved.header
     if prepared.resume:
@@ -146,8 +151,12 @@ def _check_saved(prepared: Prepared, model: GPT) -> None:
             )
         if header.step > run.steps:
             raise UserError(f"--resume {path}: it is of step {header.step}, past --steps {run.steps}: give more steps")
-    shapes = {name: list(p.shape) for name, p in canonical_parameters(model, model.prefixes).items()}
     check_shapes(str(path), header.parameters, shapes)
+
+
+def _weights(path: Path) -> Path:
+    """An exported folder, or a checkpoint."""
+    return path if is_folder(path) else _required_checkpoint(path, "--init-from")
 
 
 def _checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:

@@ -13,6 +13,8 @@ from deepspeed.monitor.monitor import MonitorMaster
 from megaresid.attention.kernels.self_check import self_check
 from megaresid.data.loader import Loader
 from megaresid.errors import UserError
+from megaresid.exchange.folder import is_folder
+from megaresid.exchange.into_engine import copy_exported
 from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
 from megaresid.model.init import derived_seed
@@ -113,7 +115,8 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]
     torch.distributed.broadcast_object_list(found, src=0)
     resume, weights = found[0]
     if weights:
-        copy_parameters(engine.deepspeed, engine.parameters, weights)
+        copy = copy_exported if is_folder(weights) else copy_parameters
+        copy(engine.deepspeed, engine.parameters, weights)
     if not resume:
         return 0, {}
     state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
