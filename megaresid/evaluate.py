@@ -70,7 +70,6 @@ def evaluate(
         print(report.table(rows))
         print(f"step {saved.step} of {saved.weights}; written to {saved.folder / 'report' / report.NAME}")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def _names(tasks: str | None, saved: "Saved") -> list[str]:
@@ -228,6 +227,9 @@ def _version(package: str) -> str | None:
 @exits_with_user_errors
 def main() -> None:
     tyro.cli(evaluate, prog="python -m megaresid.evaluate", args=sys.argv[1:])
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

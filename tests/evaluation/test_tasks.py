@@ -232,7 +232,8 @@ def its_own(tmp_path, data, monkeypatch) -> Path:
     piqa = (
         "task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {file}}}}}\n"
         "validation_split: validation\noutput_type: {output}\ndoc_to_text: '{{{{goal}}}}'\ndoc_to_target: label\n"
-        "doc_to_choice: '{{{{[sol1, sol2]}}}}'\nmetric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]\n"
+        "doc_to_choice: '{{{{[sol1, sol2]}}}}'\n"
+        "metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]\n"
     )
     here, output = data / "piqa_valid.jsonl", "multiple_choice"
     texts = {
@@ -240,7 +241,7 @@ def its_own(tmp_path, data, monkeypatch) -> Path:
         "plain": piqa.format(name="plain", file=here, output=output) + "tag: both\n",
         "gone": piqa.format(name="gone", file=tmp_path / "nowhere.jsonl", output=output),
         "writing": piqa.format(name="writing", file=here, output="generate_until"),
-        "group": "group: pair\ntask: [solutions, plain]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+        "pair": "group: pair\ntask: [solutions, plain]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
