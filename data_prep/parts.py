@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from data_prep.sources.source import Unit
 from megaresid.data.manifest import Record
-from megaresid.durable import write_text
+from megaresid.durable import forget, write_text
 from megaresid.errors import UserError
 
 # The sha256 of the text as four big-endian words, and the number of ids with <|endoftext|>.
@@ -158,6 +158,8 @@ def read_blocks(folder: Path, record: PartRecord) -> Iterator[tuple[np.ndarray, 
                 if zlib.crc32(rows.view(np.uint8), zlib.crc32(ids)) != block.crc32:
                     raise UserError(f"{names[0]}: damaged; delete {record.name}.json beside it and go on with --resume")
                 yield rows, ids
+            for file in (ids_file, docs_file):
+                forget(file)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is gone; go on with --resume, which makes it again") from None
 

@@ -31,6 +31,8 @@ from megaresid.errors import UserError
 
 # Text takes more bytes than its compressed file, by less than this: with it a source has no more units than that.
 MOST_COMPRESSION = 8
+# From here on one worker is a process too: shards are then cut while it makes the next part.
+WORTH_A_PROCESS = 4 * UNIT_BYTES
 
 
 def prepare(job: Job, report: Report = no_report, say: Callable[[str], None] = lambda line: None) -> Manifest | None:
@@ -78,7 +80,7 @@ def _prepare(job: Job, source: Source, plan: Plan, report: Report, say: Callable
     with ExitStack() as stack:
         # Workers start while the estimate is made, which takes about as long.
         processes = min(job.workers, 1 + source.bytes * MOST_COMPRESSION // UNIT_BYTES)
-        alone = processes == 1 or len(first) < 2
+        alone = len(first) < 2 or (processes == 1 and source.bytes < WORTH_A_PROCESS)
         pool = None if alone else stack.enter_context(Pool(processes, options))
         worker = Worker(options)
         found = found_records(job.out, plan)

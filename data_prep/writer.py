@@ -11,6 +11,7 @@ import numpy as np
 
 from megaresid.data.manifest import ShardEntry, Split
 from megaresid.data.shards import HEADER_BYTES, TOKEN, TOKEN_BYTES, pack_header
+from megaresid.durable import forget
 
 
 class ShardWriter:
@@ -88,6 +89,7 @@ class ShardWriter:
             os.fsync(file.fileno())
             file.seek(0)
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            forget(file)
         return ShardEntry(
             name=path.name,
             split=self.split,

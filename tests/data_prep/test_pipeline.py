@@ -73,13 +73,18 @@ def test_shards_and_manifest_by_definition(rows, tmp_path):
     assert (provenance.inputs, provenance.text_column, provenance.workers) == ((str(rows),), "text", 1)
 
 
-@pytest.mark.parametrize("workers, backend", [(2, "auto"), pytest.param(3, "tiktoken", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "workers, backend",
+    [(1, "auto"), (2, "auto"), pytest.param(3, "tiktoken", marks=pytest.mark.full)],
+)
 def test_workers_and_backends_change_nothing(rows, tmp_path, workers, backend):
     # Other tests of this process may have processes of theirs.
     made_by, reports, threads, children = set(), [], threading.active_count(), set(multiprocessing.active_children())
     before = pipeline.Pool
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Pool", lambda *args: made_by.add(args[0]) or before(*args))
+        # One worker of a large source is a process too.
+        patch.setattr(pipeline, "WORTH_A_PROCESS", 0)
         many = job(rows, tmp_path / "many", workers=workers, tokenizer_backend=backend)
         manifest = prepare(many, lambda *report: reports.append(report))
     assert made_by == {workers} and manifest.provenance.workers == workers
