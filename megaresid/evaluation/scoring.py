@@ -84,8 +84,7 @@ def _rows(sequences: Sequence[np.ndarray], counts: Sequence[int]) -> tuple[list[
     Attention is causal: a run of an input answers whatever begins with the same tokens and ends earlier. In descending
     order an input comes after all that begin with it, and the last one kept is one of them if there are any.
     """
-    # Big-endian, so that bytes are ordered as ids are.
-    inputs = [ids[:-1].astype(">i4").tobytes() for ids in sequences]
+    inputs = [ids[:-1].tobytes() for ids in sequences]
     keys = [(begin, int(ids[-1]), count) for begin, ids, count in zip(inputs, sequences, counts, strict=True)]
     first = {}
     answered_by = [first.setdefault(key, number) for number, key in enumerate(keys)]

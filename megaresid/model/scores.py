@@ -40,16 +40,15 @@ def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: i
     log_p = hidden.new_empty(len(target), dtype=torch.promote_types(hidden.dtype, torch.float32))
     greedy = torch.empty(len(target), dtype=torch.bool, device=device)
     block = min(block_tokens(device.type, len(weight)), len(target))
-    with torch.autocast(device.type, enabled=False):
-        product_weight = weight.to(product_dtype).t()
-        logits = hidden.new_empty(block, len(weight), dtype=product_dtype)
-        for start in range(0, len(target), max(block, 1)):
-            rows = slice(start, start + block)
-            h = hidden[position[rows]].to(product_dtype)
-            # The product is of all rows: their number is a multiple that suits a GPU, the vocabulary's is odd.
-            p = torch.mm(h, product_weight, out=logits[: len(h)])[:, :vocab_size].to(log_p.dtype)
-            top, likeliest = p.max(1, keepdim=True)
-            greedy[rows] = (likeliest == target[rows])[:, 0]
-            above_top = p.gather(1, target[rows]) - top
-            log_p[rows] = (above_top - p.sub_(top).exp_().sum(1, keepdim=True).log())[:, 0]
+    product_weight = weight.to(product_dtype).t()
+    logits = hidden.new_empty(block, len(weight), dtype=product_dtype)
+    for start in range(0, len(target), max(block, 1)):
+        rows = slice(start, start + block)
+        h = hidden[position[rows]].to(product_dtype)
+        # The product is of all rows: their number is a multiple that suits a GPU, the vocabulary's is odd.
+        p = torch.mm(h, product_weight, out=logits[: len(h)])[:, :vocab_size].to(log_p.dtype)
+        top, likeliest = p.max(1, keepdim=True)
+        greedy[rows] = (likeliest == target[rows])[:, 0]
+        above_top = p.gather(1, target[rows]) - top
+        log_p[rows] = (above_top - p.sub_(top).exp_().sum(1, keepdim=True).log())[:, 0]
     return log_p, greedy
