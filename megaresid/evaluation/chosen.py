@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,13 @@ def _perplexity(name: str, data: Path | None) -> "Measure":
 def _tasks(names: Sequence[str], data: Path | None, limit: int | None) -> "Measure":
     from megaresid.evaluation.tasks import tasks
 
-    return tasks(names, data, _encoding(), limit)
+    try:
+        return tasks(names, data, _encoding(), limit)
+    except UserError as error:
+        for name in names:
+            for meant in get_close_matches(name, (VALIDATION, *PERPLEXITIES), n=1, cutoff=0.8):
+                raise UserError(f"{error} (or is {meant!r} meant by {name!r}?)") from error
+        raise
 
 
 @functools.cache

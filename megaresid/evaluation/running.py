@@ -4,7 +4,7 @@ What a hook's ``measure`` must hold to: every rank calls it with the same engine
 unfinite numbers by name, equal on all ranks; a name belongs to the hook that gave it first. It calls collectives, and
 the engine's methods, on every rank equally often; what only one rank can find wrong (a file on its disk) it must carry
 to a point behind them before it raises. It leaves parameters and gradients alone; generators, training mode, buffers
-and PyTorch's settings are restored around it.
+and PyTorch's settings are restored around it, and gradients are off.
 
 A measure that raises, or returns something else, has failed: its numbers are dropped on every rank, and the run goes on
 unless --eval-strict is given. Where it failed on all ranks, or on some behind its last collective, the ranks agree on
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from megaresid.errors import UserError
@@ -60,10 +61,15 @@ class Hooks:
             say(f"evaluating {hook.name}")
         since, found, failure = time.perf_counter(), {}, None
         try:
-            with undisturbed(engine.deepspeed, engine.device):
-                found = self._checked(hook.name, hook.measure(engine))
-        except Exception as error:
+            with undisturbed(engine.deepspeed, engine.device), torch.no_grad():
+                returned = hook.measure(engine)
+        except (Exception, SystemExit) as error:
             failure = _told(error, hook)
+        else:
+            try:
+                found = self._checked(hook.name, returned)
+            except (TypeError, ValueError, OverflowError) as error:
+                failure = str(error)
         failure = self._agreed(hook.name, failure)
         self._seconds[hook.name] = time.perf_counter() - since
         if failure is not None:
@@ -87,12 +93,11 @@ class Hooks:
         return {name: float(value) for name, value in found.items()}
 
     def _agreed(self, hook: str, failure: str | None) -> str | None:
-        """What went wrong on the first rank where something did, for all ranks."""
+        """What went wrong on the first rank where something did, for all ranks; which rank, if not on all."""
         if self._group is None:
             return failure
         failures = [None] * dist.get_world_size()
         if failure is not None:
-            failure = f"rank {dist.get_rank()}: {failure}"
             try:
                 dist.monitored_barrier(self._group, timeout=PATIENCE)
             except RuntimeError:
@@ -104,14 +109,17 @@ class Hooks:
         else:
             dist.monitored_barrier(self._group)
         dist.all_gather_object(failures, failure, group=self._group)
-        return next((failure for failure in failures if failure is not None), None)
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+        if not failed:
+            return None
+        return f"{failures[failed[0]]}{'' if len(failed) == len(failures) else f' (on rank {failed[0]})'}"
 
 
 def _told(error: Exception, hook: Hook) -> str:
     """One line: what went wrong, and the innermost line of the measure's own file where it did."""
-    text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return " ".join(str(error).split())
+    text = " ".join("".join(traceback.format_exception_only(error)).split())  # where str(error) fails, it says so
     measure = hook.measure if inspect.isroutine(hook.measure) else type(hook.measure)
     try:
         own = inspect.getsourcefile(measure)
@@ -119,4 +127,4 @@ def _told(error: Exception, hook: Hook) -> str:
         own = None
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
-    return f"{type(error).__name__}: {text} ({frame.filename}, line {frame.lineno})"
+    return f"{text} ({frame.filename}, line {frame.lineno})"

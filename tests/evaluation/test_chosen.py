@@ -95,6 +95,18 @@ def test_a_limit_reaches_the_tasks_and_nothing_else(made):
     assert made == [("lambada", None, "encoding"), ("tasks", ["piqa"], None, "encoding", 5)]
 
 
+def test_a_name_of_ours_that_is_mistyped_is_not_only_an_unknown_task(monkeypatch):
+    def no_task(names, *_):
+        raise UserError(f"unknown task {names[0]!r}")
+
+    monkeypatch.setattr(tasks, "tasks", no_task)
+    monkeypatch.setattr(chosen, "_encoding", lambda: "encoding")
+    with pytest.raises(UserError, match="unknown task 'validaton' .or is 'validation' meant by 'validaton'"):
+        measures(["validaton"], None, None)
+    with pytest.raises(UserError, match="^unknown task 'boolq'$"):
+        measures(["boolq"], None, None)
+
+
 @pytest.fixture
 def users(tmp_path, monkeypatch):
     """A module of the user's."""
@@ -149,8 +161,8 @@ def test_texts_are_for_models_of_gpt2s_tokens_alone():
 
 
 def test_the_grammar_waits_for_no_torch():
-    code = "import sys; from megaresid.evaluation.chosen import parse; parse('a@1'); print(json.dumps(list(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", "import json; " + code], capture_output=True, text=True, check=True)
+    code = "import json, sys, megaresid.evaluation.chosen as c; c.parse('a@1'); print(json.dumps([*sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "lm_eval", "tiktoken"} & set(json.loads(done.stdout))
 
 
