@@ -55,6 +55,26 @@ def test_a_configuration_of_before_several_folders_could_be_named_still_reads(tm
     assert from_flat({"data": None}, "x").run.data == ()
 
 
+@pytest.mark.parametrize("interval, chosen", [(250, "validation@250"), (0, "")])
+def test_a_configuration_of_before_evaluations_were_chosen_still_reads(tmp_path, interval, chosen):
+    flat = parse(NEEDED).flat()
+    for key in ("eval", "eval_data", "eval_strict"):
+        del flat[key]
+    old = flat | {"validation_interval": interval}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"schema": 1, **old}))
+    assert parse(["--config", str(path)]) == parse([*NEEDED, "--eval", chosen]) == from_flat(old, "x")
+    assert "validation_interval" in old
+    assert parse(["--config", str(path), "--eval", "piqa@end"]).evaluation.eval == "piqa@end"
+
+
+def test_evaluations_are_chosen_in_one_text():
+    config = parse([*NEEDED, "--eval", "validation@5 my:own@end", "--eval-data", "a b", "--eval-strict"])
+    assert config.evaluation.eval == "validation@5 my:own@end"
+    assert config.evaluation.eval_data == Path("a b") and config.evaluation.eval_strict
+    assert parse([*NEEDED, "--eval", ""]).evaluation.eval == ""
+
+
 def test_the_launchers_own_argument_and_both_spellings_are_taken():
     assert parse(["--local_rank=1", *NEEDED, "--global_batch_size", "4"]).batch.global_batch_size == 4
 
@@ -85,6 +105,10 @@ def test_the_reference_run_is_the_published_one():
         (["--config"], "--config needs a value"),
         (["--data", "e"], "--data is given twice: give all folders to one"),
         (["--data=e"], "--data is given twice: give all folders to one"),
+        (["--eval", "validation"], "--eval validation: it does not say when"),
+        (["--eval", "validation@5", "piqa@end"], "unknown argument piqa@end: give all entries of --eval in one pair"),
+        (["--eval", "validation@5", "--eval=piqa@end"], "--eval is given twice: give all entries to one"),
+        (["--validation-interval", "5"], 'unknown option --validation-interval: it is now --eval "validation@STEPS"'),
         (["--data-weights", "1", "--data_weights", "2"], "--data-weights is given twice: give all weights to one"),
     ],
 )

@@ -46,6 +46,28 @@ def test_the_lines_name_what_is_not_known(tmp_path, capsys):
     assert third == "TRAIN_METRICS: step=0, train_loss=nan, val_loss=10.800000"
 
 
+def test_the_numbers_of_an_evaluation_are_plotted_and_printed_without_their_errors_and_costs(tmp_path, capsys):
+    found = {"val_loss": 5.0, "val_bits_per_byte": 2.0, "arc_easy/acc": 0.5, "arc_easy/acc_stderr": 0.1}
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.record(10, found | {"seconds/arc_easy": 3.0})
+        recorder.evaluation_line(10, {"train_loss": 5.25, **found, "seconds/arc_easy": 3.0})
+    said = "step=10, train_loss=5.250000, val_loss=5.000000, val_bits_per_byte=2.000000, arc_easy/acc=0.500000"
+    assert capsys.readouterr().out.strip() == f"TRAIN_METRICS: {said}"
+    assert scalars(tmp_path / "tensorboard") == {
+        "loss/validation": [(10, 5.0)],
+        "loss/validation_bits_per_byte": [(10, 2.0)],
+        "evaluation/arc_easy/acc": [(10, 0.5)],
+        "evaluation/arc_easy/acc_stderr": [(10, pytest.approx(0.1))],
+        "evaluation/seconds/arc_easy": [(10, 3.0)],
+    }
+
+
+def test_a_failure_is_kept_beside_the_numbers(tmp_path):
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.record(10, {"tokens": 5}, {"mine:own": "no luck"})
+    assert read_metrics(tmp_path) == [{"schema": 1, "step": 10, "tokens": 5, "failed": {"mine:own": "no luck"}}]
+
+
 def test_a_resumed_run_replaces_the_rows_after_its_checkpoint(tmp_path):
     with Recorder(tmp_path, first_step=0, steps=30) as recorder:
         for step in (10, 20, 30):
