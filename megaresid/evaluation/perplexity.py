@@ -122,13 +122,13 @@ def rolling_windows(tokens: np.ndarray, context: int) -> Iterator[Request]:
 
 
 def encoded(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The tokens of a text as uint16 [N]; <|endoftext|> in it is ordinary text."""
-    return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    """The tokens of a text, uint32 [N]; <|endoftext|> in it is ordinary text."""
+    return encoding.encode_to_numpy(text, disallowed_special=())
 
 
 def after_end_of_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """<|endoftext|>, then the tokens of a text: uint16 [1 + N]."""
-    return np.concatenate([np.array([encoding.eot_token], np.uint16), encoded(encoding, text)])
+    """<|endoftext|>, then the tokens of a text: uint32 [1 + N]."""
+    return np.concatenate([np.array([encoding.eot_token], np.uint32), encoded(encoding, text)])
 
 
 def encoded_pair(encoding: tiktoken.Encoding, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:

@@ -31,10 +31,8 @@ def task_of(name: str, file: str, rows: list[dict]):
     return ConfigurableTask(config=config | {"custom_dataset": lambda: {"test": Dataset.from_list(rows)}})
 
 
-def by_hflm(model: GPT, tokenizer, data: Path) -> dict[str, float]:
-    """Its numbers under our names."""
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+def twin_of(model: GPT):
+    """Hugging Face's GPT-2 with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     twin = GPT2LMHeadModel(GPT2Config(**config_of(model.shape))).to(next(model.parameters()).dtype)
@@ -42,12 +40,20 @@ def by_hflm(model: GPT, tokenizer, data: Path) -> dict[str, float]:
     ours = ((name, parameters[name].detach()) for name in our_names(model.shape))
     missing, unexpected = twin.load_state_dict(dict(to_gpt2(model.shape, ours)), strict=False)
     assert not unexpected and missing == ["lm_head.weight"]
+    return twin.eval()
+
+
+def by_hflm(twin, tokenizer, data: Path) -> dict[str, float]:
+    """Its numbers under our names."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
     tasks = {
         "wikitext": ("wikitext/wikitext.yaml", [{"page": page} for page in wikitext2_pages(wikitext2_rows(data))]),
         "lambada_openai": ("lambada/lambada_openai.yaml", [{"text": text} for text in lambada_passages(data)]),
     }
     found = evaluate(
-        HFLM(pretrained=twin.eval(), tokenizer=tokenizer, max_length=model.shape.context, device="cpu", batch_size=3),
+        HFLM(pretrained=twin, tokenizer=tokenizer, device="cpu", batch_size=3),
         {name: task_of(name, *given) for name, given in tasks.items()},
         bootstrap_iters=0,
         log_samples=False,
@@ -62,13 +68,28 @@ def by_hflm(model: GPT, tokenizer, data: Path) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def by_token(twin, tokenizer, texts: list[str], first: list[int]) -> float:
+    """Perplexity of the texts' tokens in one stream, ``first`` before each, in nanoGPT's windows of x and y; ``first``
+    counts nothing in y."""
+    ids = torch.tensor([token for text in texts for token in first + tokenizer(text)["input_ids"]])
+    size, losses = twin.config.n_positions, []
+    for start in range(0, len(ids) - 1, size):
+        y = ids[start + 1 : start + 1 + size]
+        nats = torch.nn.functional.cross_entropy(twin(ids[start : start + len(y)][None]).logits[0], y, reduction="none")
+        losses.append(nats[~torch.isin(y, torch.tensor(first))])
+    return torch.cat(losses).mean().exp().item()
+
+
 def assert_parity(model: GPT, encoding, tokenizer, data: Path) -> dict[str, float]:
-    engine = FullLogits(model, 4 * model.shape.context)
+    engine, twin = FullLogits(model, 4 * model.shape.context), twin_of(model)
     ours = wikitext2(data, encoding)(engine) | lambada(data, encoding)(engine)
-    theirs = by_hflm(model, tokenizer, data)
+    theirs = by_hflm(twin, tokenizer, data) | {
+        "wikitext2/token_ppl": by_token(twin, tokenizer, ["\n\n".join(wikitext2_rows(data))], []),
+        "lambada/token_ppl": by_token(twin, tokenizer, lambada_passages(data), [tokenizer.eos_token_id]),
+    }
     # HFLM adds up the log-probabilities of a window in fp32 whatever the model is in.
-    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-6)
-    assert ours.keys() - theirs.keys() == {"wikitext2/token_ppl", "lambada/token_ppl"}
+    assert ours == pytest.approx(theirs, rel=1e-6)
     return ours
 
 
