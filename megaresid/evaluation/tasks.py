@@ -21,13 +21,14 @@ FEWSHOT_SEED = 1234
 class Tasks:
     """Tasks that are built already, to be run on models: what ``tasks`` returns.
 
-    ``items`` has the number of documents of each task in the last run; ``files`` the files they were read from.
+    ``loaded`` is what lm-evaluation-harness makes of them, ``files`` the files that they were read from, and ``items``
+    the number of documents of each in the last run.
     """
 
     def __init__(
         self, loaded: dict[str, Any], encoding: tiktoken.Encoding, limit: int | None, files: dict[str, Path]
     ):
-        self._loaded, self._encoding, self._limit = loaded, encoding, limit
+        self.loaded, self._encoding, self._limit = loaded, encoding, limit
         self.files = files
         self.items: dict[str, int] = {}
 
@@ -41,15 +42,15 @@ class Tasks:
 
         if engine.vocab_size != self._encoding.n_vocab:
             raise UserError(
-                f"tasks {', '.join(self._loaded['tasks'])}: they are encoded by GPT-2's tokenizer, of "
+                f"tasks {', '.join(self.loaded['tasks'])}: they are encoded by GPT-2's tokenizer, of "
                 f"{self._encoding.n_vocab} ids, and the model predicts {engine.vocab_size}: leave them out"
             )
-        for task in self._loaded["tasks"].values():
+        for task in self.loaded["tasks"].values():
             # Each run draws the same examples: without it the second would go on in the first one's sequence.
             task.set_fewshot_seed(FEWSHOT_SEED)
         model = HarnessModel(engine, self._encoding)
-        with _quiet():
-            found = evaluate(model, self._loaded, limit=self._limit, bootstrap_iters=1, log_samples=False)
+        with quiet():
+            found = evaluate(model, self.loaded, limit=self._limit, bootstrap_iters=1, log_samples=False)
         self.items = {name: count["effective"] for name, count in found["n-samples"].items()}
         return {
             f"{task}/{_metric(key)}": float(value)
@@ -78,7 +79,7 @@ def tasks(names: Sequence[str], data: Path | None, encoding: tiktoken.Encoding, 
     from megaresid.evaluation import offline_tasks
 
     files = {}
-    with _quiet():
+    with quiet():
         if data is None:
             loaded = _load_from_hub(names)
         else:
@@ -134,7 +135,7 @@ def _metric(key: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """While the block runs, lm-evaluation-harness shows no bars and logs errors alone, and it gives standard errors
     of means alone: it would resample for the others, in as many new processes as there are cores."""
     import lm_eval.api.task

@@ -96,7 +96,7 @@ def evaluated_by_hflm(exported: Path, data: Path) -> tuple[dict, Scores]:
     built = tasks(TASKS, data, gpt2_encoding())
     model = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=8)
     with recorded(HFLM) as scores:
-        return evaluate(model, built._loaded, bootstrap_iters=0, log_samples=True), scores
+        return evaluate(model, built.loaded, bootstrap_iters=0, log_samples=True), scores
 
 
 def choices_of(task: str, sample: dict, scores: Scores) -> dict[str, list[float]]:
