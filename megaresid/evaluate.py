@@ -100,13 +100,13 @@ def _measures(saved: "Saved", names: list[str], data: Path | None, limit: int | 
                 f"{saved.weights} predicts {size}: leave it out"
             )
     # One at a time, so that each has its own seconds.
-    return {name: measures([name], data, lambda: _validation(saved), limit)[name] for name in names}
+    return {name: measures([name], data, lambda: _validation(saved), limit, "--tasks")[name] for name in names}
 
 
 def _validation(saved: "Saved") -> "Measure":
     """The validation of a run's training, on the same tokens."""
     from megaresid.data.mixture import open_data
-    from megaresid.evaluation.validation import Validation, bytes_of_ids
+    from megaresid.evaluation.validation import validation_of
     from megaresid.training.run_dir import read_json
 
     if saved.config is None:
@@ -131,14 +131,7 @@ def _validation(saved: "Saved") -> "Measure":
             f"--tasks validation: {', '.join(map(str, folders))} holds other data than {saved.folder} was trained on: "
             "put the old data back, or leave validation out"
         )
-    tokens = saved.config.evaluation.validation_tokens
-    return Validation(
-        data.validation(shape.context, tokens),
-        context=shape.context,
-        tokens=tokens,
-        vocab_size=shape.vocab_size,
-        bytes_of_ids=bytes_of_ids(data.folders[0].manifest.content.tokenizer),
-    )
+    return validation_of(data, shape, saved.config.evaluation.validation_tokens)
 
 
 def _loaded(saved: "Saved") -> "Measurable":

@@ -78,7 +78,11 @@ def hooks(entries: Iterable[Entry], data: Path | None, validation: "Callable[[],
 
 
 def measures(
-    names: Sequence[str], data: Path | None, validation: "Callable[[], Measure]", limit: int | None = None
+    names: Sequence[str],
+    data: Path | None,
+    validation: "Callable[[], Measure]",
+    limit: int | None = None,
+    option: str = "--eval",
 ) -> "dict[str, Measure]":
     """The measure of each name, all tasks of lm-evaluation-harness being one, whose name is theirs with commas.
 
@@ -89,6 +93,7 @@ def measures(
         data: ``--eval-data``, or None for the Hub.
         validation: Makes the measure of that name.
         limit: Items of each task; None for all.
+        option: The option that holds the names, for errors.
 
     Raises:
         UserError: an unknown name, a text that is missing or damaged, a user's function that cannot be one.
@@ -103,7 +108,7 @@ def measures(
         if name == VALIDATION:
             makers[name] = validation
         elif ":" in name:
-            makers[name] = functools.partial(_users_own, name)
+            makers[name] = functools.partial(_users_own, name, option)
         elif name in PERPLEXITIES:
             makers[name] = functools.partial(_perplexity, name, data)
     if tasks:
@@ -157,16 +162,16 @@ def _encoding():
     return gpt2_encoding()
 
 
-def _users_own(path: str) -> "Measure":
+def _users_own(path: str, option: str) -> "Measure":
     module, name = path.split(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"--eval {path}: cannot import it: {error}; is its folder on PYTHONPATH?") from error
+        raise UserError(f"{option} {path}: cannot import it: {error}; is its folder on PYTHONPATH?") from error
     except Exception as error:  # the user's file, as it is executed
-        raise UserError(f"--eval {path}: cannot import it: {type(error).__name__}: {error}") from error
+        raise UserError(f"{option} {path}: cannot import it: {type(error).__name__}: {error}") from error
     try:
         inspect.signature(function).bind("engine")
     except (TypeError, ValueError) as error:
-        raise UserError(f"--eval {path}: not a function of the engine alone: {error}") from error
+        raise UserError(f"{option} {path}: not a function of the engine alone: {error}") from error
     return function

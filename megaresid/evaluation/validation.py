@@ -9,11 +9,12 @@ from torch.nn.functional import pad
 
 from megaresid.data.loader import read_batch
 from megaresid.data.manifest import Tokenizer
-from megaresid.data.mixture import Mixture
+from megaresid.data.mixture import Mixture, RunData
 from megaresid.data.sampler import windows
 from megaresid.data.shards import TokenStream
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Measurable
+from megaresid.model.presets import ModelShape
 
 
 def count_windows(stream: TokenStream | Mixture, context: int, tokens: int) -> int:
@@ -43,6 +44,17 @@ def bytes_of_ids(tokenizer: Tokenizer) -> torch.Tensor | None:
     lengths = [len(encoding.decode_single_token_bytes(id)) for id in range(encoding.n_vocab)]
     lengths[END_OF_TEXT] = 0
     return torch.tensor(lengths)
+
+
+def validation_of(data: RunData, shape: ModelShape, tokens: int) -> "Validation":
+    """The validation of a run on its own data; raises UserError where it has not one window."""
+    return Validation(
+        data.validation(shape.context, tokens),
+        context=shape.context,
+        tokens=tokens,
+        vocab_size=shape.vocab_size,
+        bytes_of_ids=bytes_of_ids(data.folders[0].manifest.content.tokenizer),
+    )
 
 
 class Validation:

@@ -13,7 +13,7 @@ from megaresid.data.mixture import RunData, open_data
 from megaresid.errors import UserError
 from megaresid.evaluation import chosen
 from megaresid.evaluation.hook import Hook
-from megaresid.evaluation.validation import Validation, bytes_of_ids
+from megaresid.evaluation.validation import validation_of
 from megaresid.exchange.folder import is_folder, read_description
 from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.flops import forward_flops_per_token
@@ -79,18 +79,7 @@ def prepare(config: RunConfig) -> Prepared:
         validating=chosen.VALIDATION in names,
     )
     data.check_capacity(plan.shape.context, batch.sequences)
-    tokenizer = data.folders[0].manifest.content.tokenizer
-    chosen.check_tokenizer(names, tokenizer, data.folders[0].path)
-
-    def validation() -> Validation:
-        return Validation(
-            data.validation(plan.shape.context, evaluation.validation_tokens),
-            context=plan.shape.context,
-            tokens=evaluation.validation_tokens,
-            vocab_size=plan.shape.vocab_size,
-            bytes_of_ids=bytes_of_ids(tokenizer),
-        )
-
+    chosen.check_tokenizer(names, data.folders[0].manifest.content.tokenizer, data.folders[0].path)
     check_usable(run.run_dir, resuming=run.resume is not None)
     prepared = Prepared(
         config=config,
@@ -100,7 +89,11 @@ def prepare(config: RunConfig) -> Prepared:
         data=data,
         resume=_checkpoint_to_resume(run.resume, run.run_dir),
         weights=_weights(run.init_from) if run.init_from else None,
-        hooks=chosen.hooks(entries, evaluation.eval_data, validation),
+        hooks=chosen.hooks(
+            entries,
+            evaluation.eval_data,
+            lambda: validation_of(data, plan.shape, evaluation.validation_tokens),
+        ),
     )
     _check_saved(prepared, model)
     return prepared
