@@ -10,6 +10,10 @@ import torch.distributed as dist
 from megaresid.evaluation.hook import Measurable
 from megaresid.evaluation.progress import followed
 
+# Fewer leave a GPU waiting for the CPU, which tells it what to do.
+ENOUGH_POSITIONS = 2048
+LEAST_FILLED = 0.9
+
 
 class Request(NamedTuple):
     """Token ids of a text and of what follows it; both hold at least one."""
@@ -101,14 +105,22 @@ def _rows(sequences: Sequence[np.ndarray], counts: Sequence[int]) -> tuple[list[
 
 
 def _batches(rows: list[Row], positions: int, ranks: int) -> list[list[Row]]:
-    """Cut rows that are ordered by length into batches of at most ``positions``, padding included, or of one row. Where
-    there is little to do, each rank gets a share of it."""
+    """Cut rows that are ordered by length into batches of at most ``positions``, padding included, or of one row.
+
+    A batch that is large enough ends where more would be mostly padding. Where there is little to do, each rank gets a
+    share of it.
+    """
     positions = min(positions, -(-len(rows) // ranks) * len(rows[0].inputs))
     batches, start = [], 0
-    while start < len(rows):
-        size = max(1, positions // len(rows[start].inputs))
-        batches.append(rows[start : start + size])
-        start += size
+    for end in range(1, len(rows) + 1):
+        held = (end - start) * len(rows[start].inputs)
+        if (
+            end == len(rows)
+            or held + len(rows[start].inputs) > positions
+            or (held >= ENOUGH_POSITIONS and len(rows[end].inputs) < LEAST_FILLED * len(rows[start].inputs))
+        ):
+            batches.append(rows[start:end])
+            start = end
     return batches
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.file_proxy import FileProxy
 from small_models import SHAPE, model_of
 
-from megaresid.evaluation import progress
+from megaresid.evaluation import progress, scoring
 from megaresid.evaluation.loaded import LoadedModel
 from megaresid.evaluation.scoring import Request, Score, score
 
@@ -126,13 +126,21 @@ def test_windows_of_one_text_share_its_run():
     assert engine.shapes == [(1, CONTEXT)] and not engine.several
 
 
-def test_little_is_padding():
+@pytest.mark.parametrize("positions", [4 * CONTEXT, 100 * CONTEXT])
+def test_little_is_padding(positions, monkeypatch):
+    monkeypatch.setattr(scoring, "ENOUGH_POSITIONS", 2 * CONTEXT)
     drawn = random.Random(0)
     requests = [Request([drawn.randrange(VOCABULARY) for _ in range(1 + n % 7)], [n % 5]) for n in range(300)]
-    engine = Watched(4 * CONTEXT)
+    engine = Watched(positions)
     score(engine, requests)
     run = sum(rows * length for rows, length in engine.shapes)
     assert run < 1.1 * sum(len(context) for context in {tuple(r.context) for r in requests})
+
+
+def test_a_batch_is_large_though_that_takes_padding():
+    engine = Watched(1000)
+    score(engine, [Request([n] * (1 + n % 7), [1]) for n in range(30)])
+    assert engine.shapes == [(30, 7)]
 
 
 def test_no_requests_are_no_forward():
