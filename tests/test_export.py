@@ -4,15 +4,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import made_runs
 import pytest
 import torch
 from made_runs import DATA, configuration, made_run, same_parameters
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_models import move_away
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megaresid
@@ -102,6 +105,23 @@ def test_hugging_face_loads_a_vanilla_model_and_its_tokenizer(tmp_path, capsys, 
     assert tokenizer.model_max_length == CONTEXT
     ids = twin.generate(torch.tensor([[15496]]), max_new_tokens=2, do_sample=False, pad_token_id=50256)
     assert ids.shape == (1, 3)
+
+
+def test_rounding_that_a_model_magnifies_is_told_from_a_mistake(tmp_path, monkeypatch, capsys):
+    """The last norm's weights make the logits, and what they are rounded by, as large as one likes."""
+    monkeypatch.setattr(made_runs, "move_away", lambda parameters, away, rows: magnified(parameters, rows))
+    made_run(tmp_path / "run")
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    told = re.search(r"logits equal to (\S+), which is rounding: to (\S+) in fp64", capsys.readouterr().out)
+    in_fp32, in_fp64 = map(float, told.groups())
+    assert in_fp32 > 1e-4 and in_fp64 < 1e-8
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+@torch.no_grad()
+def magnified(parameters, rows):
+    move_away(parameters, 0.2, rows)
+    parameters["head.norm.weight"] *= 1000
 
 
 @pytest.mark.parametrize("format", ["hf", "safetensors"])

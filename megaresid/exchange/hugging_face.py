@@ -17,8 +17,8 @@ def require_transformers() -> None:
         raise UserError("transformers is missing, which checks the result: pip install 'megaresid[eval]'") from None
 
 
-def gpt2_at(folder: Path) -> Callable[[Tensor], Tensor]:
-    """``AutoModelForCausalLM`` of a local folder, fp32 on the CPU: ids [B, T] -> logits [B, T, V].
+def gpt2_at(folder: Path, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+    """``AutoModelForCausalLM`` of a local folder, on the CPU: ids [B, T] -> logits [B, T, V].
 
     Raises UserError where ``transformers`` cannot read it, or finds parameters missing or beyond its own.
     """
@@ -29,7 +29,7 @@ def gpt2_at(folder: Path) -> Callable[[Tensor], Tensor]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot read it: {' '.join(str(error).split())}") from error

@@ -35,8 +35,8 @@ def copied(stages: list[int], folder: str) -> list[tuple[dict, float]]:
         engine = start(stage, folder)
         copy_exported(engine.deepspeed, engine.parameters, Path(folder) / "out")
         loss = engine.loss(idx[:, :-1], idx[:, 1:]).item()
-        place = Path(folder) / f"stage{stage}"
-        found.append((save_checkpoint(engine.deepspeed, engine.parameters, place, step=1, counters={}, identity={}), loss))
+        place, nothing = Path(folder) / f"stage{stage}", {"counters": {}, "identity": {}}
+        found.append((save_checkpoint(engine.deepspeed, engine.parameters, place, step=1, **nothing), loss))
         engine.deepspeed.destroy()
     return [(read_parameters(path), loss) for path, loss in found]
 
