@@ -36,7 +36,7 @@ class LoadedModel:
         """As ``megaresid.training.engine.Engine.score``; no rank waits for another."""
         check_length(idx, self.context)
         with self._autocast():
-            return self.model(idx.to(self.device), targets, scores=True)
+            return self.model(idx.to(self.device, non_blocking=True), targets, scores=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)

@@ -13,6 +13,8 @@ from megaresid.evaluation.progress import followed
 # Fewer leave a GPU waiting for the CPU, which tells it what to do.
 ENOUGH_POSITIONS = 2048
 LEAST_FILLED = 0.9
+# Of one row: every position of a batch has as many places for targets as the one where the most is asked.
+MOST_ASKED = 64
 
 
 class Request(NamedTuple):
@@ -77,7 +79,7 @@ def _sequence(engine: Measurable, number: int, context: Sequence[int], continuat
     read = max(1, engine.context + 1 - len(continuation))  # of a long context only the end
     ids = np.concatenate([context[-read:], continuation])[-(engine.context + 1) :]
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= engine.vocab_size:
-        wrong = next(i for i in ids.tolist() if not isinstance(i, int) or not 0 <= i < engine.vocab_size)
+        wrong = next((i for i in ids.tolist() if type(i) is not int or not 0 <= i < engine.vocab_size), None)
         raise ValueError(f"request {number}: {wrong!r} is no id of a vocabulary of {engine.vocab_size}")
     return ids.astype(np.int32), predicted
 
@@ -96,7 +98,7 @@ def _rows(sequences: Sequence[np.ndarray], counts: Sequence[int]) -> tuple[list[
     for key in sorted(first, reverse=True):
         number = first[key]
         ids, count = sequences[number], counts[number]
-        if not last.startswith(key[0]):
+        if not last.startswith(key[0]) or len(rows[-1].asked) == MOST_ASKED:
             last = key[0]
             rows.append(Row(ids[:-1], []))
         rows[-1].asked.append((number, len(ids) - 1 - count, ids[-count:]))

@@ -121,9 +121,9 @@ class Engine:
         check_length(idx, self.context)
         with self._evaluating():
             if self._uncompiled is None:
-                return self.deepspeed(idx.to(self.device), targets, scores=True)
+                return self.deepspeed(idx.to(self.device, non_blocking=True), targets, scores=True)
             with autocast_if_enabled(self.deepspeed):
-                return self._uncompiled(idx.to(self.device), targets, scores=True)
+                return self._uncompiled(idx.to(self.device, non_blocking=True), targets, scores=True)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -117,6 +117,15 @@ def test_equal_requests_and_choices_of_one_question_share_a_run():
     assert engine.shapes == [(2, 5)] and engine.several and engine.wanted == 3 + 2 + 3 + 2
 
 
+def test_no_row_is_asked_too_much(monkeypatch):
+    """A batch would have places for all of it at every position."""
+    monkeypatch.setattr(scoring, "MOST_ASKED", 5)
+    requests = [Request([7, 8], [token]) for token in range(13)] + [Request([7], [8, token]) for token in range(3)]
+    engine = Watched(1000)
+    assert_scores(score(engine, requests), requests)
+    assert engine.shapes == [(4, 2)]
+
+
 def test_windows_of_one_text_share_its_run():
     """As the last words of passages that stand one behind another do."""
     text = list(range(CONTEXT + 1))
@@ -156,6 +165,7 @@ def test_no_requests_are_no_forward():
         (Request(np.array([], dtype=np.int64), [1]), "request 1: its context is empty"),
         (Request([1], [2, VOCABULARY]), f"request 1: {VOCABULARY} is no id of a vocabulary of {VOCABULARY}"),
         (Request([-1], [2]), f"request 1: -1 is no id of a vocabulary of {VOCABULARY}"),
+        (Request([False], [True]), f"request 1: False is no id of a vocabulary of {VOCABULARY}"),
         (Request([1.5], [2]), f"request 1: 1.5 is no id of a vocabulary of {VOCABULARY}"),
     ],
 )
