@@ -1,5 +1,6 @@
 """WikiText-2's pages and LAMBADA's last words are lm-evaluation-harness's."""
 
+import itertools
 import re
 
 import pytest
@@ -47,6 +48,13 @@ def test_wikitexts_spaces_are_undone(spaced, joined):
     assert detokenized(spaced) == joined
 
 
+def test_marks_move_left_in_turn():
+    """A mark that has moved has no space before it, so one to its left whose turn comes later stays where it is."""
+    for first, second in itertools.combinations(":;.!?,", 2):
+        assert detokenized(f"a {second} {first} b") == f"a {second}{first} b"
+        assert detokenized(f"a {first} {second} b") == f"a{first}{second} b"
+
+
 @MANY
 @given(WIKITEXT.map("".join))
 def test_any_text_is_detokenized_as_lm_eval_does(text):
@@ -70,6 +78,12 @@ def test_pages_begin_at_titles(tmp_path):
     pages = wikitext2_pages(wikitext2_rows(small_data(tmp_path)))
     assert [page.split("\n")[0] for page in pages] == [" = First Page = ", " = Second = ", " = Third Page = "]
     assert pages[1] == " = Second = \n \n Short . \n "
+
+
+@pytest.mark.parametrize("heading", ["= = A = =", "= = = A = = =", "= A = =", "= A = = =", "= = A =", "A =", "= A"])
+def test_other_headings_begin_no_page(heading):
+    rows = ["", " = Title = \n", f" {heading} \n", " = Next = \n"]
+    assert wikitext2_pages(rows) == [f" = Title = \n {heading} ", " = Next = \n"]
 
 
 def test_rows_are_those_of_the_hub(tmp_path):
