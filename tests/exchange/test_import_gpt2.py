@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -210,37 +211,39 @@ def in_the_hubs_cache(cache: Path, repository: str, folder: Path) -> None:
     shutil.copytree(folder, place / "snapshots" / "c0ffee")
 
 
-def command(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-m", "megaresid.import_gpt2", *arguments]
-    return subprocess.run(line, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The only place where the Hub's library looks: nothing reaches the network."""
+    whole, place = huggingface_hub.snapshot_download, tmp_path / "cache"
+
+    def offline(*given, **named):
+        return whole(*given, cache_dir=place, **named)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    return place
 
 
-def test_a_name_is_looked_for_in_the_hubs_cache_and_told(published, tmp_path):
-    in_the_hubs_cache(tmp_path / "cache", "openai-community/gpt2", published)
-    done = command(tmp_path / "cache", "--from", "gpt2", "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    assert "source    the Hub's openai-community/gpt2" in done.stdout and "revision  c0ffee" in done.stdout
+def test_a_name_is_looked_for_in_the_hubs_cache_and_told(published, cache, tmp_path, capsys):
+    in_the_hubs_cache(cache, "openai-community/gpt2", published)
+    import_gpt2("gpt2", tmp_path / "out")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "source    the Hub's openai-community/gpt2, downloaded where it is not cached"
+    assert said[1] == "revision  c0ffee"
     assert open_saved(tmp_path / "out").plan.hash == GPT2Folder(published).plan.hash
+    assert json.loads((tmp_path / "out" / "megaresid.json").read_text())["source"] == "gpt2"
 
 
 @pytest.mark.parametrize(
     "name, reason",
     [
         ("gpt2", "the Hub cannot be reached: give a folder"),
+        ("someone/gpt2", "the Hub cannot be reached: give a folder"),
         ("no/such/folder", "neither a folder nor a name on the Hub"),
     ],
 )
-def test_a_name_that_is_nowhere_is_one_message(tmp_path, monkeypatch, name, reason):
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    whole = huggingface_hub.snapshot_download
-    in_cache = lambda *given, **named: whole(*given, cache_dir=tmp_path / "cache", **named)  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", in_cache)
-    with pytest.raises(UserError, match=reason):
+def test_a_name_that_is_nowhere_is_one_message(cache, tmp_path, name, reason):
+    with pytest.raises(UserError, match=f"--from {name}: .*{reason}"):
         import_gpt2(name, tmp_path / "out")
 
 

@@ -41,13 +41,18 @@ def copied(stages: list[int], folder: str) -> list[tuple[dict, float]]:
     return [(read_parameters(path), loss) for path, loss in found]
 
 
+@pytest.mark.full
 def test_every_stage_starts_from_the_exported_weights(ranks2, tmp_path):
+    export_and_copy(ranks2, tmp_path, [0, 1, 2])
+
+
+def export_and_copy(ranks, tmp_path, stages):
     model = made_run(tmp_path / "run")
     export(tmp_path / "run", "safetensors", tmp_path / "out")
     parameters = canonical_parameters(model, model.prefixes)
     idx = torch.arange(13).repeat(2, 1)
     expected = torch.nn.functional.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten()).item()
-    for of_rank in ranks2.run(copied, [0, 1, 3], str(tmp_path)):
+    for of_rank in ranks.run(copied, stages, str(tmp_path)):
         for saved, loss in of_rank:
             assert saved.keys() == parameters.keys()
             assert all(torch.equal(saved[name], parameter) for name, parameter in parameters.items())
@@ -63,6 +68,10 @@ def refused(folder: str, **options) -> str:
     assert all(torch.equal(before[name], parameter) for name, parameter in engine.parameters.items())
     engine.deepspeed.destroy()
     return str(raised.value)
+
+
+def test_zero_3_starts_from_the_exported_weights(ranks2, tmp_path):
+    export_and_copy(ranks2, tmp_path, [3])
 
 
 def test_a_damaged_or_another_model_changes_nothing(ranks1, tmp_path):
