@@ -41,7 +41,7 @@ BAD = {
         ("choices", [["runs"], "runs", ["runs", ""], [1, 2], None]),
         ("gold", [2, -1, "1", 1.0, True, None]),
     ],
-    "lambada_test.jsonl": [("text", ["word", " word", "", "  ", "one\ntwo", None, 3, "a b\udfff"])],
+    "lambada_test.jsonl": [("text", ["word", " word", "", "  ", "one\ntwo", None, 3, "a b\udfff", "long" * 99])],
     "piqa_valid.jsonl": [("goal", [""]), ("sol1", [None]), ("sol2", [0]), ("label", [2, "0", False, -1])],
     "wikitext2_raw_test_pages.jsonl": [("page", ["", 1])],
     "winogrande_xl_dev.jsonl": [
@@ -172,13 +172,14 @@ def as_on_the_hub(folder) -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with both data sets at the commits that are asked for."""
+    """A Hub with both data sets at the commits that are asked for, whose branches have gone on."""
     with HubServer() as server:
         files = as_on_the_hub(small_data(tmp_path))
         for name in ("WIKITEXT2_ON_HUB", "LAMBADA_ON_HUB"):
             file = getattr(texts, name)
             assert len(file.commit) == 40, "a commit, which does not change"
             commit = server.push(file.dataset, files[file.dataset])
+            server.push(file.dataset, {file.name: b"other"})
             monkeypatch.setattr(texts, name, file._replace(commit=commit))
         send_library_to(server.url, tmp_path, monkeypatch)
         yield server
@@ -213,13 +214,14 @@ def test_a_hub_that_refuses_is_told_in_one_line(hub, status, monkeypatch):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_cannot_be_reached_is_told_in_one_line(hub, offline, monkeypatch, tmp_path):
+@pytest.mark.parametrize("offline, cause", [(True, "OfflineModeIsEnabled"), (False, "ConnectError")])
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(hub, offline, cause, monkeypatch, tmp_path):
     """Offline by the user's wish, or because nothing answers."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     send_library_to("http://127.0.0.1:9", tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with pytest.raises(UserError, match=r"^evaluation data: Salesforce/wikitext, .* \(\w+: [^\n]*give a folder[^\n]*$"):
+    told = rf"^evaluation data: Salesforce/wikitext, .* \({cause}: [^\n]*give a folder[^\n]*$"
+    with pytest.raises(UserError, match=told):
         wikitext2(None, BYTES)
 
 
