@@ -23,7 +23,7 @@ from megaresid.training.run_dir import read_metrics
 STOP, END = 3, 7
 MODEL = "--model tiny --layers 2 --width 32 --context 32 --dropout 0.1".split()
 TRAINING = "--global-batch-size 8 --micro-batch-size 2 --learning-rate 1e-3".split()
-INTERVALS = "--log-interval 1 --eval validation@2 --keep-checkpoints 0".split()
+INTERVALS = "--log-interval 1 --keep-checkpoints 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def launchers() -> dict[str, list[str]]:
     }
 
 
-def start(workplace: Path, launcher: str, *options: str) -> tuple[int, str]:
+def start(workplace: Path, launcher: str, *options: str, evaluation: str = "validation@2") -> tuple[int, str]:
     """Exit code and output; whatever it started is gone afterwards."""
     command = [sys.executable, *launchers()[launcher], "--deepspeed_config", str(workplace / "ds.json")]
-    command += ["--data", str(workplace / "data"), *MODEL, *TRAINING, *INTERVALS]
+    command += ["--data", str(workplace / "data"), *MODEL, *TRAINING, *INTERVALS, "--eval", evaluation]
     command += ["--steps", str(END), "--checkpoint-interval", str(STOP), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
@@ -149,6 +149,37 @@ def test_init_from_takes_the_weights_of_an_exported_folder(workplace, whole):
     assert read_metrics(begun)[0]["val_loss"] == pytest.approx(last, rel=1e-6)
     code, said = start(workplace, "alone", *options[2:], "--run-dir", str(workplace / "wide"), "--width", "24")
     assert code == 2 and "embed.tokens.weight has shape" in said
+
+
+@pytest.mark.full
+def test_a_strict_run_whose_hook_failed_goes_on_when_it_is_mended(workplace, whole, tmp_path, monkeypatch):
+    """The hook draws random numbers and fails in its fifth call, after step 4, where no checkpoint is due."""
+    hook = tmp_path / "hook_to_mend.py"
+    hook.write_text(
+        "import torch\ncalls = []\n\n"
+        "def count(engine):\n"
+        "    torch.rand(5)\n"
+        "    calls.append(1)\n"
+        "    return {'calls': len(calls) if len(calls) < 5 else 'five'}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    strict, evaluation = workplace / "strict", "hook_to_mend:count@1 validation@2"
+    code, said = start(workplace, "deepspeed", "--run-dir", str(strict), "--eval-strict", evaluation=evaluation)
+    assert code == 2, said[-3000:]
+    failure = "evaluation hook_to_mend:count failed at step 4: calls is str, not a number"
+    assert f"error: {failure}" in said and "Traceback" not in said
+    assert [row["failed"] for row in read_metrics(strict) if "failed" in row] == [{"hook_to_mend:count": failure}]
+    assert sorted(path.name for path in (strict / "checkpoints").glob("step_*")) == ["step_00000003", "step_00000004"]
+    hook.write_text(hook.read_text().replace("'five'", "-1"))
+    resuming = ["--run-dir", str(strict), "--resume", "auto", "--eval-strict"]
+    code, said = start(workplace, "deepspeed", *resuming, evaluation=evaluation)
+    assert code == 0, said[-3000:]
+    steps, steps_of_whole = (
+        [(row["step"], row["train_loss"], row["gradient_norm"]) for row in read_metrics(run) if "train_loss" in row]
+        for run in (strict, whole)
+    )
+    assert steps == steps_of_whole and len(steps) == END
+    assert_equal_ends(strict, whole)
 
 
 def test_an_id_outside_the_vocabulary_that_only_a_batch_shows_ends_every_rank(workplace):
