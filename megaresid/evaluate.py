@@ -30,7 +30,8 @@ def evaluate(
     """Measure a model as --eval does in training, print the numbers and add them to report/eval.json.
 
     One process, or as many ranks as a launcher starts (deepspeed --module megaresid.evaluate …), which share the work.
-    What was measured of the same step under the same name and limit is replaced.
+    What was measured of the same step under the same name and limit is replaced. What fails is told at the end, when
+    all else is measured.
 
     Args:
         run: A run directory, a checkpoint in one, or an exported folder.
@@ -46,6 +47,8 @@ def evaluate(
     import torch.distributed as dist
 
     from megaresid.evaluation import report
+    from megaresid.evaluation.hook import Hook
+    from megaresid.evaluation.running import Hooks
     from megaresid.saved_run import open_saved
     from megaresid.training import compiled_ops
     from megaresid.training.engine import start_process_group
@@ -56,20 +59,29 @@ def evaluate(
     compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
     model = _loaded(saved)
-    rows = [HEADER]
-    for name, measure in measures.items():
-        since = time.perf_counter()
-        numbers = measure(model)
-        seconds = time.perf_counter() - since
-        if dist.get_rank() == 0:
-            found = _measurement(saved, model, name, measure, numbers, limit, eval_data, seconds)
+    first = dist.get_rank() == 0
+    hooks = Hooks([Hook(name, None, measure) for name, measure in measures.items()])
+    rows, failures = [HEADER], []
+    for hook in hooks.due(saved.step, saved.step):
+        numbers, failure = hooks.run(hook, model, _say if first else lambda _: None)
+        if failure is not None:
+            failures.append(f"{hook.name}: {failure}")
+        elif first:
+            seconds = numbers.pop(f"seconds/{hook.name}")
+            found = _measurement(saved, model, hook.name, hook.measure, numbers, limit, eval_data, seconds)
             if report.add(saved.folder / "report", found):
-                print(f"{name}: replaces what was measured before of step {saved.step}", file=sys.stderr, flush=True)
+                _say(f"{hook.name}: replaces what was measured before of step {saved.step}")
             rows += _rows(found)
-    if dist.get_rank() == 0:
+    if first and len(rows) > 1:
         print(report.table(rows))
-        print(f"step {saved.step} of {saved.weights}; written to {saved.folder / 'report' / report.NAME}")
+        print(f"step {saved.step} of {saved.weights}; written to {saved.folder / 'report' / report.NAME}", flush=True)
     dist.barrier()
+    if failures:
+        raise UserError(f"not measured: {'; '.join(failures)}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _names(tasks: str | None, saved: "Saved") -> list[str]:

@@ -60,8 +60,9 @@ class Hooks:
         if self._seconds.get(hook.name, LONG_SECONDS) >= LONG_SECONDS:
             say(f"evaluating {hook.name}")
         since, found, failure = time.perf_counter(), {}, None
+        module = engine.deepspeed if hasattr(engine, "deepspeed") else engine.model  # of a live engine, a loaded model
         try:
-            with undisturbed(engine.deepspeed, engine.device), torch.no_grad():
+            with undisturbed(module, engine.device), torch.no_grad():
                 returned = hook.measure(engine)
         except (Exception, SystemExit) as error:
             failure = _told(error, hook)
