@@ -25,8 +25,9 @@ class Saved(Protocol):
     """A model on disk: what it is, and its parameters when they are asked for.
 
     ``dtype`` is what the run's matrix products ran in, None where that was fp32. ``folder`` is where reports about
-    the model go; ``weights`` names them in reports: the checkpoint, or the exported folder. ``data`` is the identity
-    of the data set that it was trained on, None where it is not known.
+    the model go; ``weights`` is where they are: the checkpoint, or the exported folder. ``source`` names what the model
+    was made of, without a path, which means nothing elsewhere. ``data`` is the identity of the data set that it was
+    trained on, None where it is not known.
     """
 
     plan: ModelPlan
@@ -35,6 +36,7 @@ class Saved(Protocol):
     config: RunConfig | None
     folder: Path
     weights: Path
+    source: str
     data: str | None
 
     def parameters(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -56,6 +58,10 @@ class SavedRun:
     folder: Path
     weights: Path
     data: str | None
+
+    @property
+    def source(self) -> str:
+        return f"{self.folder.name}/{self.weights.name}"
 
     def parameters(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         return iterate_parameters(self.weights, names)

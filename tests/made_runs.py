@@ -26,7 +26,9 @@ def model_of(config: RunConfig, step: int = 0, away: float = 0.2) -> GPT:
     return model.eval()
 
 
-def made_run(run: Path, config: RunConfig | None = None, step: int = 3, ranks: int = 2) -> GPT:
+def made_run(
+    run: Path, config: RunConfig | None = None, step: int = 3, ranks: int = 2, identity: dict | None = None
+) -> GPT:
     """Write a run directory, and return the model that its one checkpoint holds: every rank has a part of each of its
     parameters, and an optimizer's state beside it."""
     config = config or configuration()
@@ -52,7 +54,7 @@ def made_run(run: Path, config: RunConfig | None = None, step: int = 3, ranks: i
         counters={},
         engine={},
         generators=[{}] * ranks,
-        identity={"data": DATA, "spec": model.plan.hash},
+        identity={"data": DATA, "spec": model.plan.hash} if identity is None else identity,
     )
     records["checkpoint.json"] = write_record(folder / "checkpoint.json", header)
     write_record(folder / "complete.json", Marker(files=records))

@@ -84,6 +84,7 @@ def test_an_exported_folder_exports_again_to_the_same_bytes(exported, tmp_path):
     assert again == first
     saved = open_saved(tmp_path / "again")
     assert (saved.step, saved.data, saved.config, saved.folder) == (3, DATA, None, tmp_path / "again")
+    assert saved.source == "first/step_00000003"
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
@@ -202,16 +203,33 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, error):
 
 
 def test_a_folder_that_comes_to_be_meanwhile_is_kept(run, tmp_path, monkeypatch):
-    def with_other(saved, folder, source, say):
+    def with_other(saved, folder, say):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
-        original(saved, folder, source, say)
+        original(saved, folder, say)
 
     original = write.write_folder
     monkeypatch.setattr(write, "write_folder", with_other)
     with pytest.raises(UserError, match="there already"):
         export(run, "safetensors", tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["theirs"]
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-6])
+def test_without_the_gpu_that_a_mixer_needs_parameters_are_compared(run, made, tmp_path, monkeypatch, capsys, change):
+    def spoilt(tensors, path, *args):
+        save_file({name: tensor + change for name, tensor in tensors.items()}, path, *args)
+
+    monkeypatch.setattr(write, "runs_here", lambda plan: False)
+    monkeypatch.setattr(weights, "save_file", spoilt)
+    if change:
+        with pytest.raises(UserError, match=r"failed the check: its \S+ differs by up to 1\S*e-06"):
+            export(run, "safetensors", tmp_path / "out")
+        assert os.listdir(tmp_path) == []
+        return
+    export(run, "safetensors", tmp_path / "out")
+    assert "check     parameters equal bit for bit; a mixer needs a GPU" in capsys.readouterr().out
+    assert same_parameters(megaresid.load(tmp_path / "out"), made)
 
 
 def flip(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Whether what was written is the model that it was made of: logits on fixed ids, before and after."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ def require_equal(before: list[Tensor], after: list[Tensor], what: str) -> str:
     if largest := largest_difference(before, after):
         _fail(what, largest, "none")
     return "logits equal bit for bit"
+
+
+def require_equal_parameters(
+    before: Iterable[tuple[str, Tensor]], after: Iterable[tuple[str, Tensor]], what: str
+) -> str:
+    """The lesser check, of a model that cannot be run here: every parameter, in one order, has the same values."""
+    for (name, tensor), (_, other) in zip(before, after, strict=True):
+        if largest := largest_difference([tensor], [other]):
+            raise UserError(f"{what} failed the check: its {name} differs by up to {largest:.3g}: nothing was kept")
+    return "parameters equal bit for bit; a mixer needs a GPU, and there is none to compare logits on"
 
 
 def require_close(

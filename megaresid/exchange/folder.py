@@ -114,6 +114,10 @@ class ExportedModel:
         return self.description.step
 
     @property
+    def source(self) -> str:
+        return self.description.source
+
+    @property
     def data(self) -> str | None:
         return self.description.data
 

@@ -30,6 +30,7 @@ class GPT2Folder:
     """
 
     folder: Path
+    source: str
     step: int = 0
     dtype: None = None
     config: None = None

@@ -9,11 +9,11 @@ PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 OWNER = "openai-community"
 
 
-def folder_of(source: str, say: Callable[[str], None]) -> Path:
+def folder_of(source: str, say: Callable[[str], None]) -> tuple[Path, str]:
     """A local folder of that name, or the files of the Hub's repository in the Hub library's cache, downloaded where
-    they are not in it. Raises UserError where there is neither."""
+    they are not in it; and what it is to be called. Raises UserError where there is neither."""
     if Path(source).is_dir():
-        return Path(source)
+        return Path(source), Path(source).resolve().name
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -35,4 +35,4 @@ def folder_of(source: str, say: Callable[[str], None]) -> Path:
     except OSError as error:
         raise UserError(f"--from {source}: the Hub's {repository}: {str(error).splitlines()[0]}") from error
     say(f"revision  {Path(found).name}")
-    return Path(found)
+    return Path(found), f"{repository} at {Path(found).name}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaresid.durable import write_text
 from megaresid.exchange.aside import check_new, written_aside
-from megaresid.exchange.check import logits_on, require_close, require_equal
+from megaresid.exchange.check import logits_on, require_close, require_equal, require_equal_parameters
 from megaresid.exchange.folder import describe, open_folder, write_description
 from megaresid.exchange.gpt2_config import check_is_gpt2, config_of
 from megaresid.exchange.gpt2_folder import GPT2Folder
@@ -40,14 +40,19 @@ def write_exported(run: Path, format: str, out: Path, vocab_file: Path | None, s
         require_transformers()
         ranks = gpt2_ranks(vocab_file)
     say(f"model     step {saved.step} of {run}, spec {saved.plan.hash[:12]}")
-    before = logits_of(saved)
+    before = logits_of(saved) if runs_here(saved.plan) else None
     with written_aside(out) as folder:
         if ranks is not None:
             write_gpt2(saved, folder, ranks, say)
             told = _held_to_transformers(before, saved, folder, f"--out {out}")
         else:
-            write_folder(saved, folder, source=source_of(saved), say=say)
-            told = require_equal(before, logits_of(open_folder(folder)), f"--out {out}")
+            write_folder(saved, folder, say)
+            written = open_folder(folder)
+            if before is None:
+                names = list(written.description.parameters)
+                told = require_equal_parameters(saved.parameters(names), written.parameters(names), f"--out {out}")
+            else:
+                told = require_equal(before, logits_of(written), f"--out {out}")
     say(f"check     {told}")
     say(f"done      {out}")
 
@@ -57,10 +62,10 @@ def write_imported(source: str, out: Path, say: Say) -> None:
     ``write_exported`` does."""
     check_new(out)
     require_transformers()
-    saved = GPT2Folder(folder_of(source, say))
+    saved = GPT2Folder(*folder_of(source, say))
     say(f"model     {source}, spec {saved.plan.hash[:12]}")
     with written_aside(out) as folder:
-        write_folder(saved, folder, source=Path(source).name, say=say)
+        write_folder(saved, folder, say)
         written = open_folder(folder)
         told = _held_to_transformers(logits_of(written), written, saved.folder, f"--out {out}")
     say(f"check     {told}")
@@ -78,32 +83,39 @@ def _held_to_transformers(ours: list[Tensor], saved: Saved, folder: Path, what: 
     )
 
 
-def source_of(saved: Saved) -> str:
-    """The name of what a model was made of; no path, which means nothing elsewhere."""
-    folder = saved.folder.resolve().name
-    return folder if saved.weights == saved.folder else f"{folder}/{saved.weights.name}"
-
-
 def logits_of(saved: Saved, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of a saved model, which is in memory for as long as this takes; on the GPU only where a mixer runs nowhere
     else."""
-    model = saved.model().to(_device_for(saved.plan), dtype)
+    model = saved.model().to("cuda" if needs_gpu(saved.plan) else "cpu", dtype)
     return logits_on(lambda ids: model(ids.to(model.head.weight.device))[0], saved.plan.shape)
 
 
-def _device_for(plan: ModelPlan) -> str:
+def needs_gpu(plan: ModelPlan) -> bool:
     mixers = (plan.mixer_class(layer) for layer in range(plan.shape.layers))
-    return "cuda" if any(cls.needs_of(options) for cls, options in mixers) else "cpu"
+    return any(cls.needs_of(options) for cls, options in mixers)
 
 
-def write_folder(saved: Saved, folder: Path, source: str, say: Say) -> None:
+def runs_here(plan: ModelPlan) -> bool:
+    """Whether logits can be computed: some mixers have kernels for a GPU alone."""
+    return torch.cuda.is_available() or not needs_gpu(plan)
+
+
+def write_folder(saved: Saved, folder: Path, say: Say) -> None:
     """Write a self-describing folder."""
     shapes = {name: list(shape) for name, shape in parameter_shapes(saved.plan).items()}
     files = write_weights(folder, shapes, saved.parameters(shapes), say)
-    description = describe(
-        saved.plan, source=source, step=saved.step, data=saved.data, dtype=saved.dtype, parameters=shapes, files=files
+    write_description(
+        folder,
+        describe(
+            saved.plan,
+            source=saved.source,
+            step=saved.step,
+            data=saved.data,
+            dtype=saved.dtype,
+            parameters=shapes,
+            files=files,
+        ),
     )
-    write_description(folder, description)
 
 
 def parameter_shapes(plan: ModelPlan) -> dict[str, torch.Size]:

@@ -230,8 +230,8 @@ def test_a_name_is_looked_for_in_the_hubs_cache_and_told(published, cache, tmp_p
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "source    the Hub's openai-community/gpt2, downloaded where it is not cached"
     assert said[1] == "revision  c0ffee"
-    assert open_saved(tmp_path / "out").plan.hash == GPT2Folder(published).plan.hash
-    assert json.loads((tmp_path / "out" / "megaresid.json").read_text())["source"] == "gpt2"
+    assert open_saved(tmp_path / "out").plan.hash == GPT2Folder(published, "x").plan.hash
+    assert json.loads((tmp_path / "out" / "megaresid.json").read_text())["source"] == "openai-community/gpt2 at c0ffee"
 
 
 @pytest.mark.parametrize(

@@ -92,17 +92,20 @@ def test_a_damaged_configuration_is_named(run, text):
         open_saved(run)
 
 
-def test_parameters_that_do_not_fit_are_named(run):
-    checkpoint = run / "checkpoints" / "step_00000003"
-    header = json.loads((checkpoint / "checkpoint.json").read_text())
-    header["identity"] = {}
-    header["parameters"]["head.gain"] = header["parameters"].pop("head.norm.bias")
-    (checkpoint / "checkpoint.json").write_text(json.dumps(header))
-    marker = json.loads((checkpoint / "complete.json").read_text())
-    marker["files"]["checkpoint.json"]["size"] = (checkpoint / "checkpoint.json").stat().st_size
-    (checkpoint / "complete.json").write_text(json.dumps(marker))
-    with pytest.raises(UserError, match="head.norm.bias|head.gain"):
-        open_saved(run)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": 3}, "it lacks parameter layers.02"),
+        ({"layers": 1}, "it has parameter layers.01"),
+        ({"context": 13}, r"embed.positions.weight has shape \[12, 16\] there and \[13, 16\] here"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(tmp_path, options, message):
+    """Of a checkpoint that does not say what its spec was."""
+    made_run(tmp_path / "run", identity={})
+    change(tmp_path / "run", "config.json", **options)
+    with pytest.raises(UserError, match=f"step_00000003: {message}"):
+        open_saved(tmp_path / "run")
 
 
 def test_a_run_without_a_checkpoint_and_a_place_without_a_run_are_named(run, tmp_path):
