@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megaresid.evaluation.hook import Measurable
 from megaresid.evaluation.progress import followed
 
+# Of one forward on a CPU: what more of them make leaves the cache.
+CPU_POSITIONS = 1024
 # Fewer leave a GPU waiting for the CPU, which tells it what to do.
 ENOUGH_POSITIONS = 2048
 LEAST_FILLED = 0.9
@@ -55,7 +57,8 @@ def score(engine: Measurable, requests: Sequence[Request], progress: bool = True
     sequences, counts = zip(*(_sequence(engine, number, *request) for number, request in enumerate(requests)))
     rows, answered_by = _rows(sequences, counts)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = _batches(rows, engine.positions_per_forward, ranks)
+    most = CPU_POSITIONS if engine.device.type == "cpu" else engine.positions_per_forward
+    batches = _batches(rows, min(most, engine.positions_per_forward), ranks)
     rounds = -(-len(batches) // ranks)
     turns = range(rank, rounds * ranks, ranks)
     owners, found = [], []

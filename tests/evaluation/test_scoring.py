@@ -146,6 +146,13 @@ def test_little_is_padding(positions, monkeypatch):
     assert run < 1.1 * sum(len(context) for context in {tuple(r.context) for r in requests})
 
 
+def test_a_forward_on_a_cpu_keeps_to_what_is_fast_there(monkeypatch):
+    monkeypatch.setattr(scoring, "CPU_POSITIONS", 3 * CONTEXT)
+    engine = Watched(1000)
+    score(engine, [Request([n] * CONTEXT, [1]) for n in range(7)])
+    assert engine.shapes == [(3, CONTEXT), (3, CONTEXT), (1, CONTEXT)]
+
+
 def test_a_batch_is_large_though_that_takes_padding():
     engine = Watched(1000)
     score(engine, [Request([n] * (1 + n % 7), [1]) for n in range(30)])
