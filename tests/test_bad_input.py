@@ -1,5 +1,6 @@
 """A user's mistakes: one line that names the value and the mend, exit code 2, and nothing written."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -73,7 +74,8 @@ def damage(workplace: Path, change) -> None:
 
 def test_the_unharmed_workplace_is_accepted(workplace, capsys):
     """Without this, every test below could pass for another reason than its own."""
-    options = ["--data", workplace / "data", "--run-dir", workplace / "run", "--deepspeed_config", workplace / "ds.json"]
+    options = ["--data", workplace / "data", "--run-dir", workplace / "run"]
+    options += ["--deepspeed_config", workplace / "ds.json"]
     options += ["--model", "tiny", "--context", "32", "--global-batch-size", "8", "--steps", "3", "--dry-run"]
     main([str(option) for option in options])
     assert "8 sequences x 1 accumulation x 1 ranks = 8 sequences, 256 tokens per step" in capsys.readouterr().out
@@ -133,6 +135,38 @@ def test_an_unknown_preset_option_or_key(workplace, capsys):
     assert "zero_optimization" in said and "did you mean 'stage'" in said
 
 
+EVALUATIONS = {
+    "validation": "it does not say when",
+    "validation@0": "'0' is not a number of steps",
+    "validation @5": "it does not say when",
+    "validation@5 validation@end": "validation is named 2 times",
+    "arc_eazy@end": "task 'arc_eazy'",
+    "no_module_of_ours:measure@end": "cannot import it",
+    "math:pi@end": "not a function of the engine alone",
+    "piqa@end": "there is no piqa_valid.jsonl",
+    "winogrande@end": "winogrande_xl_dev.jsonl, line 2: no field 'option1'",
+    "lambada@end": "lambada_test.jsonl: there is no row in it",
+    "wikitext2@end": "wikitext2_raw_test.txt.gz: a damaged gzip file",
+}
+
+
+@pytest.mark.parametrize("chosen", EVALUATIONS)
+def test_an_evaluation_that_cannot_be_made(workplace, capsys, chosen):
+    texts = workplace / "texts"
+    texts.mkdir()
+    row = {"sentence": "The cup did not fit the bag for _ was big.", "option1": "cup", "option2": "bag", "answer": "1"}
+    rows = [row, {"sentence": row["sentence"], "option2": "bag", "answer": "2"}]
+    (texts / "winogrande_xl_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (texts / "lambada_test.jsonl").touch()
+    (texts / "wikitext2_raw_test.txt.gz").write_bytes(gzip.compress(b" = Title = \n")[:-4])
+    assert EVALUATIONS[chosen] in fails_with(workplace, capsys, "--eval", chosen, "--eval-data", str(texts))
+
+
+def test_a_folder_of_texts_that_is_not_there(workplace, capsys):
+    said = fails_with(workplace, capsys, "--eval", "piqa@end", "--eval-data", str(workplace / "nowhere"))
+    assert "--eval-data" in said and "nowhere" in said
+
+
 def test_a_run_directory_in_use(workplace, capsys):
     (workplace / "run").mkdir()
     (workplace / "run" / "config.json").write_text("{}")
@@ -182,14 +216,16 @@ def test_a_checkpoint_of_another_run(workplace, capsys):
     from megaresid.training.checkpoint_format import FileRecord, Header, Marker, write_record, write_tensors
     from megaresid.training.prepare import prepare
 
-    options = {"--data": workplace / "data", "--run-dir": workplace / "run", "--deepspeed_config": workplace / "ds.json"}
-    options |= {"--model": "tiny", "--context": "32", "--global-batch-size": "8", "--steps": "3"}
+    options = {"--data": workplace / "data", "--run-dir": workplace / "run"}
+    options |= {"--deepspeed_config": workplace / "ds.json", "--model": "tiny", "--context": "32"}
+    options |= {"--global-batch-size": "8", "--steps": "3"}
     prepared = prepare(parse([str(part) for pair in options.items() for part in pair]))
     checkpoint = workplace / "step_00000002"
     checkpoint.mkdir()
     header = {"step": 2, "world_size": 1, "parameters": {"embed.tokens.weight": [50304, 128]}, "scalars": {}}
     header |= {"counters": {}, "engine": {}, "generators": [{}], "identity": prepared.identity | {"seed": 7}}
-    records: dict[str, FileRecord] = {"rank_00000.safetensors": write_tensors(checkpoint / "rank_00000.safetensors", {}, {})}
+    tensors = checkpoint / "rank_00000.safetensors"
+    records: dict[str, FileRecord] = {tensors.name: write_tensors(tensors, {}, {})}
     records["checkpoint.json"] = write_record(checkpoint / "checkpoint.json", Header(**header))
     write_record(checkpoint / "complete.json", Marker(files=records))
 
