@@ -29,7 +29,8 @@ def evaluate(
 ) -> None:
     """Measure a model as --eval does in training, print the numbers and add them to report/eval.json.
 
-    One process, or as many ranks as a launcher starts (deepspeed --module megaresid.evaluate …), which share the work.
+    One process, or as many ranks as a launcher starts, which share the work: deepspeed --module megaresid.evaluate …,
+    or torchrun --nproc-per-node=2 -m -- megaresid.evaluate …
     What was measured of the same step under the same name and limit is replaced. What fails is told at the end, when
     all else is measured.
 
@@ -231,7 +232,9 @@ def _version(package: str) -> str | None:
 
 @exits_with_user_errors
 def main() -> None:
-    tyro.cli(evaluate, prog="python -m megaresid.evaluate", args=sys.argv[1:])
+    # What the deepspeed launcher adds is in the environment too.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    tyro.cli(evaluate, prog="python -m megaresid.evaluate", args=arguments)
     import torch.distributed as dist
 
     dist.destroy_process_group()

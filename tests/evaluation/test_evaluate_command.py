@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -287,14 +289,22 @@ def test_help_waits_for_no_torch():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_under_a_launcher(run, data, ranks):
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, "-m", "megaresid.evaluate", "--run", str(run), "--tasks", "piqa", "--eval-data", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_under_a_launcher(run, data, launcher):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {
+        # The two dashes keep torchrun from taking --run for an option of its own.
+        "torchrun": ["--standalone", "--nproc-per-node=2", "-m", "--"],
+        "deepspeed": ["--log_level", "error", "--num_accelerators", "2", "--master_port", str(port), "--module"],
+    }
+    command = [str(Path(sys.executable).parent / launcher), *options[launcher], "megaresid.evaluate"]
+    command += ["--run", str(run), "--tasks", "piqa", "--eval-data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("piqa") == 2
-    assert measured(run)["piqa", 3, None]["ranks"] == ranks
+    assert sum(line.startswith("piqa ") for line in done.stdout.splitlines()) == 2
+    assert measured(run)["piqa", 3, None]["ranks"] == 2
 
 
 def entry(name: str, step: int = 0) -> dict:
