@@ -128,6 +128,19 @@ def test_resume_auto_in_the_same_directory_repeats_the_rest_bitwise_under_torchr
     assert_equal_ends(killed, whole)
 
 
+@pytest.mark.full
+def test_an_evaluation_that_was_cut_short_after_the_last_checkpoint_is_made_up_for(workplace, whole):
+    cut = workplace / "cut short"
+    shutil.copytree(whole, cut)
+    *rows, last = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(last)["step"] == END and "val_loss" in json.loads(last)
+    (cut / "metrics.jsonl").write_text("".join(rows))
+    for _ in range(2):  # and once only
+        code, said = start(workplace, "torchrun", "--run-dir", str(cut), "--resume", "auto")
+        assert code == 0, said[-3000:]
+        assert numbers(cut) == numbers(whole)
+
+
 def test_init_from_takes_the_weights_and_nothing_else_in_a_single_process(workplace, whole):
     begun = workplace / "begun"
     code, said = start(workplace, "alone", "--run-dir", str(begun), "--init-from", str(whole), "--seed", "8")
@@ -139,6 +152,19 @@ def test_init_from_takes_the_weights_and_nothing_else_in_a_single_process(workpl
 
 
 @pytest.mark.full
+@pytest.mark.full
+def test_an_evaluation_that_was_cut_short_after_the_last_checkpoint_is_made_up_for(workplace, whole):
+    cut = workplace / "cut short"
+    shutil.copytree(whole, cut)
+    *rows, last = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(last)["step"] == END and "val_loss" in json.loads(last)
+    (cut / "metrics.jsonl").write_text("".join(rows))
+    for _ in range(2):  # and once only
+        code, said = start(workplace, "torchrun", "--run-dir", str(cut), "--resume", "auto")
+        assert code == 0, said[-3000:]
+        assert numbers(cut) == numbers(whole)
+
+
 def test_init_from_takes_the_weights_of_an_exported_folder(workplace, whole):
     export(whole, "safetensors", workplace / "exported")
     begun = workplace / "begun_from_exported"

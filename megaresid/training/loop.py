@@ -1,7 +1,7 @@
 """The training loop: steps, and what happens between them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ from megaresid.training.engine import Engine, StepResult
 class Course:
     """What the loop runs: steps ``first`` to ``steps`` (exclusive), each of ``tokens_per_step`` tokens.
 
-    ``training_seconds`` and ``skipped_steps`` are those of the steps before ``first``.
+    ``training_seconds`` and ``skipped_steps`` are those of the steps before ``first``; ``pending`` names the hooks that
+    are to be run there before the next step, where they are due: those that have given no numbers of it yet.
     """
 
     first: int
@@ -30,6 +31,7 @@ class Course:
     learning_rate: Callable[[int], float]
     flops_per_token: int
     peak_flops: float | None  # of all ranks together; None where it is not known
+    pending: Collection[str] = ()
 
 
 class TrainingClock:
@@ -67,11 +69,11 @@ def train(
     clock = TrainingClock(course.training_seconds)
     evaluation = Hooks(hooks)
     engine.set_step(course.first)
-    if course.first == 0:
-        with clock:
-            failure = _evaluate(engine, 0, None, course, evaluation, recorder)
-        if failure and strict:
-            raise UserError(failure)
+    due = [hook for hook in evaluation.due(course.first, course.steps) if hook.name in course.pending]
+    with clock:
+        failure = _evaluate(engine, due, course.first, None, course, evaluation, recorder)
+    if failure and strict:
+        raise UserError(failure)
     logged_step, logged_seconds, skipped = course.first, clock.seconds(), course.skipped_steps
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
@@ -79,10 +81,10 @@ def train(
         result = engine.train_step(micro_batches, rate)
         skipped += result.skipped
         done = step + 1
-        last, failure = done == course.steps, None
+        last, due = done == course.steps, evaluation.due(done, course.steps)
         if recorder:
             recorder.advance(done)
-        if _due(intervals.log_interval, done, last) or evaluation.due(done, course.steps):
+        if _due(intervals.log_interval, done, last) or due:
             loss = _mean_over_ranks(result.loss)
             elapsed = clock.seconds() - logged_seconds
             if recorder:
@@ -92,14 +94,16 @@ def train(
                 recorder.record(done, row)
                 recorder.progress_line(done, row)
             logged_step, logged_seconds = done, clock.seconds()
-            with clock:
-                failure = _evaluate(engine, done, loss, course, evaluation, recorder)
-        ends = strict and failure is not None
-        if _due(intervals.checkpoint_interval, done, last or ends):
-            with clock:
-                save(done, {"training_seconds": clock.seconds(), "skipped_steps": skipped})
-        if ends:
-            raise UserError(failure)
+        counters = {"training_seconds": clock.seconds(), "skipped_steps": skipped}
+        with clock:
+            # Before an evaluation, which can take long and fail: a resumed run makes up for one that was cut short.
+            if saved := _due(intervals.checkpoint_interval, done, last):
+                save(done, counters)
+            failure = _evaluate(engine, due, done, loss, course, evaluation, recorder) if due else None
+            if failure and strict:
+                if intervals.checkpoint_interval > 0 and not saved:
+                    save(done, counters)
+                raise UserError(failure)
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
@@ -125,12 +129,18 @@ def _row(result: StepResult, loss: float, rate: float, speed: float, course: Cou
 
 
 def _evaluate(
-    engine: Engine, step: int, loss: float | None, course: Course, hooks: Hooks, recorder: Recorder | None
+    engine: Engine,
+    due: Sequence[Hook],
+    step: int,
+    loss: float | None,
+    course: Course,
+    hooks: Hooks,
+    recorder: Recorder | None,
 ) -> str | None:
     """Run the hooks that are due, and record each at once; of those that failed, the first one's failure."""
     say = recorder.say if recorder else lambda line: None
     measured, first_failure = {}, None
-    for hook in hooks.due(step, course.steps):
+    for hook in due:
         found, failure = hooks.run(hook, engine, say)
         if failure is not None:
             failure = f"evaluation {hook.name} failed at step {step}: {failure}"

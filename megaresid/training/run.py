@@ -24,7 +24,7 @@ from megaresid.training.checkpoint import copy_parameters, load_checkpoint, save
 from megaresid.training.engine import Engine, start_process_group
 from megaresid.training.loop import Course, train
 from megaresid.training.prepare import Prepared
-from megaresid.training.run_dir import RunDirectory, environment
+from megaresid.training.run_dir import RunDirectory, environment, read_metrics
 from megaresid.training.schedule import learning_rate
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ def execute(prepared: Prepared) -> None:
         learning_rate=lambda step: learning_rate(step, config.run.steps, config.optimizer),
         flops_per_token=training_flops_per_token(plan),
         peak_flops=peak * batch.ranks if peak else None,
+        pending=_pending(prepared, first),
     )
 
     def save(step: int, counters: dict[str, float]) -> None:
@@ -121,6 +122,17 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]
         return 0, {}
     state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
     return state.step, state.counters
+
+
+def _pending(prepared: Prepared, first: int) -> set[str]:
+    """The names of the hooks that have no numbers of step ``first`` in the run directory: all of them in a new run."""
+    measured = [set()]
+    metrics = prepared.config.run.run_dir / "metrics.jsonl"
+    if torch.distributed.get_rank() == 0 and first > 0 and metrics.exists():
+        rows = [row for row in read_metrics(metrics.parent) if row["step"] == first]
+        measured = [{hook.name for hook in prepared.hooks for row in rows if f"seconds/{hook.name}" in row}]
+    torch.distributed.broadcast_object_list(measured, src=0)
+    return {hook.name for hook in prepared.hooks} - measured[0]
 
 
 def _start_record(directory: RunDirectory, prepared: Prepared, course: Course, device: torch.device) -> Recorder:

@@ -79,6 +79,7 @@ class Run:
             learning_rate=lambda step: learning_rate(step, END, config.optimizer),
             flops_per_token=1,
             peak_flops=None,
+            pending=[hook.name for hook in hooks],
         )
         intervals = IntervalOptions(log_interval=1, checkpoint_interval=2)
         source = micro_batches(config, self.engine.batch, rank)

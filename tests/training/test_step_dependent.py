@@ -49,6 +49,7 @@ class Run:
             learning_rate=lambda step: learning_rate(step, 20, self.config.optimizer),
             flops_per_token=1,
             peak_flops=None,
+            pending=["validation"] if first == 0 else (),
         )
 
         def save(step: int, counters: dict[str, float]) -> None:
