@@ -11,10 +11,19 @@ import tyro
 from megaresid.accelerator import choose_accelerator
 from megaresid.errors import UserError, exits_with_user_errors
 
+WORDS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda prompt: prompt is None or isinstance(prompt, str),
+    str_from_instance=lambda prompt: [str(prompt)],
+)
+"""A text as it is: of itself tyro would take the word None for no prompt."""
+
 
 def generate(
     run: Path,
-    prompt: str | None = None,
+    prompt: Annotated[str | None, WORDS] = None,
     tokens: int = 120,
     temperature: float = 0.8,
     top_k: int = 50,

@@ -119,6 +119,13 @@ def test_a_prompt_is_ordinary_text_whatever_it_says(run, capsys, monkeypatch):
     assert text(capsys, run, "\udcff", tokens=1) == "\ufffd!\n", "an argument that is no UTF-8"
 
 
+@pytest.mark.parametrize("prompt", ["None", "--tokens", "-1", " "])
+def test_the_command_takes_any_prompt(run, capsys, monkeypatch, prompt):
+    monkeypatch.setattr("sys.argv", ["generate", "--run", str(run), f"--prompt={prompt}", "--tokens", "1"])
+    command.main()
+    assert capsys.readouterr().out.startswith(prompt)
+
+
 class Recorder(io.StringIO):
     """A standard output that keeps what came with each write, and what was there when the buffer was handed on."""
 
