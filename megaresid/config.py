@@ -142,6 +142,20 @@ class IntervalOptions(Section):
     """How many of the newest checkpoints are kept; 0 for all."""
 
 
+class HealthOptions(Section):
+    """What is done about a step whose loss or gradient is not as usual. One that is not finite is never applied."""
+
+    on_spike: Literal["none", "skip", "rollback", "stop"] = "skip"
+    """A loss or gradient norm far above the usual: apply it, skip the update, skip it and after --max-bad-steps go back
+    to the last good checkpoint and past those batches, or end the run at the first bad step."""
+    spike_threshold: float = 8.0
+    """Far above: so many standard deviations over the mean of the last good steps."""
+    spike_window: int = 100
+    """How many good steps that is; there are no spikes before."""
+    max_bad_steps: int = 10
+    """The run stops after so many skipped updates in a row (exit code 76), or goes back where rollback is chosen."""
+
+
 class EvaluationOptions(Section):
     """What is measured during training."""
 
@@ -170,6 +184,7 @@ class RunConfig(Section):
     optimizer: OptimizerOptions = OptimizerOptions()
     execution: ExecutionOptions = ExecutionOptions()
     interval: IntervalOptions = IntervalOptions()
+    health: HealthOptions = HealthOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
 
     @property
@@ -332,6 +347,7 @@ def _check(config: RunConfig) -> None:
         raise UserError(f"--model {config.model.model}: {suggestion(config.model.model, PRESETS)}")
     values = config.flat()
     at_least_one = ("steps", "global_batch_size", "micro_batch_size", "layers", "heads", "width", "context")
+    at_least_one += ("spike_threshold", "spike_window", "max_bad_steps")
     not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
     not_negative += ("learning_rate", "min_learning_rate", "weight_decay")
     for key in at_least_one + not_negative:

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,19 +20,22 @@ from megaresid.model.compile import compile_model
 from megaresid.model.gpt import build, canonical_parameters, canonical_rules, set_step
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
+from megaresid.training.health import finite
 from megaresid.training.machine import ranks_on_this_machine
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
 from megaresid.training.rules import overridden
+from megaresid.training.update_gate import UpdateGate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: this rank's mean loss (a tensor), the norm of the global gradient before clipping, and
-    whether the update was skipped because that is not finite."""
+    """Of one optimizer step: this rank's mean loss (a tensor), the norm of the global gradient before clipping, whether
+    the update was skipped, and the mean loss of the global batch; all but the first are equal on all ranks."""
 
     loss: torch.Tensor
     gradient_norm: float
     skipped: bool
+    mean_loss: float
 
 
 class Engine:
@@ -55,6 +58,8 @@ class Engine:
             module = compile_model(model, fullgraph=plan.one_graph(self.device, ds_config.product_dtype))
         self.set_step = functools.partial(set_step, model)
         self.deepspeed, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config.engine)
+        self._gate = UpdateGate(self.deepspeed, self._gradients)
+        self.micro_losses: list[torch.Tensor] = []
         self.batch = batch
         self.stage = ds_config.stage
         self.context, self.vocab_size = plan.shape.context, plan.shape.vocab_size
@@ -63,37 +68,51 @@ class Engine:
         self._uncompiled = model if config.execution.compile else None
 
     def train_step(
-        self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
+        self,
+        micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        learning_rate: float,
+        accepts: Callable[[float, float], bool] = finite,
     ) -> StepResult:
-        """One optimizer step over ``batch.accumulation`` micro-batches (idx, targets), int64 [m, T] each."""
+        """One optimizer step over ``batch.accumulation`` micro-batches (idx, targets), int64 [m, T] each.
+
+        ``accepts(loss, norm)`` says whether the update is made, from the global batch's mean loss and the norm of its
+        gradient before clipping, the same numbers on all ranks; it is called once, while the gradients are there.
+        Where it says no, parameters, optimizer state and its step counts stay as they are. A norm that is not finite
+        comes as infinity, and has to be refused.
+        """
         set_learning_rate(self.deepspeed.optimizer.param_groups, learning_rate)
         micro_batches = iter(micro_batches)
+        self.micro_losses = []
         loss_sum = torch.zeros((), device=self.device)
-        skipped_before = self.deepspeed.skipped_steps
-        norm, skip = None, False
-        for _ in range(self.batch.accumulation):
+        judged = ()
+
+        def ask(norm: torch.Tensor) -> bool:
+            nonlocal judged
+            judged = self._over_ranks(loss_sum, norm)
+            return accepts(*judged)
+
+        for index in range(self.batch.accumulation):
             idx, targets = (t.to(self.device, non_blocking=True) for t in next(micro_batches))
             _, loss = self.deepspeed(idx, targets)
             self.deepspeed.backward(loss)
-            loss_sum += loss.detach().float()
-            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm, skip = self._guard_unsharded()
-            self.deepspeed.step()
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-            skip = self.deepspeed.skipped_steps > skipped_before
-        return StepResult(loss_sum / self.batch.accumulation, float(norm), skip)
+            self.micro_losses.append(loss.detach().float())
+            loss_sum += self.micro_losses[-1]
+            if index + 1 < self.batch.accumulation:
+                self.deepspeed.step()
+        updated = self._gate.step(ask)
+        mean_loss, norm = judged
+        return StepResult(loss_sum / self.batch.accumulation, norm, not updated, mean_loss)
 
-    def _guard_unsharded(self) -> tuple[torch.Tensor, bool]:
-        """The norm at stage 0, where DeepSpeed keeps none; it would also apply gradients that are not finite, so
-        those are dropped here (the optimizer passes over a parameter without one). Equal on all ranks: the
-        gradients are averaged already."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if skip := not bool(torch.isfinite(norm)):
-            self.deepspeed.zero_grad()
-            self.deepspeed.skipped_steps += 1
-        return norm, skip
+    def _over_ranks(self, loss_sum: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+        """The mean loss of the global batch, of which every rank holds an equal share, and the norm, by one sum and one
+        wait for the device; in fp64, where the mean of equal norms is that norm."""
+        numbers = torch.stack([loss_sum / self.batch.accumulation, norm.to(loss_sum)]).double()
+        torch.distributed.all_reduce(numbers)
+        mean_loss, norm = (numbers / self.batch.ranks).tolist()
+        return mean_loss, norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
