@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from megaresid.errors import UserError, suggestion
 from megaresid.evaluation.chosen import parse as parse_entries
 from megaresid.model.presets import PRESETS, ModelShape
+from megaresid.training.identity import parse_allowed
 
 if TYPE_CHECKING:
     from megaresid.model.plan import ModelPlan
@@ -49,6 +50,9 @@ class RunOptions(Section):
     """Seeds the initial weights, the order of the data and dropout."""
     resume: str | None = None
     """`auto`: go on from the newest complete checkpoint of --run-dir, if there is one. Or a checkpoint's path."""
+    allow_other: str = ""
+    """Of a resume: what may be another than the checkpoint's, as in "data,seed", which is refused otherwise: data,
+    tokenizer, spec, global_batch_size, seed, optimizer. The first lines of the run say what it means."""
     init_from: Path | None = None
     """Start from the weights (only) of this run, checkpoint or exported folder."""
     dry_run: bool = False
@@ -364,5 +368,7 @@ def _check(config: RunConfig) -> None:
             f"--min-learning-rate {values['min_learning_rate']} is above --learning-rate {values['learning_rate']}"
         )
     parse_entries(config.evaluation.eval)
+    if parse_allowed(config.run.allow_other) and not config.run.resume:
+        raise UserError(f"--allow-other {config.run.allow_other}: only a resume can have another: give --resume too")
     if config.run.resume and config.run.init_from:
         raise UserError("--resume and --init-from exclude each other: resume restores the weights too")

@@ -1,8 +1,10 @@
 """A run from its configuration: everything is checked here, and nothing is written."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,6 +24,7 @@ from megaresid.model.plan import ModelPlan
 from megaresid.training.checkpoint import check_shapes, find_checkpoint
 from megaresid.training.checkpoint_format import SavedState
 from megaresid.training.ds_config import Batch, DeepSpeedConfig, plan_batch, resolve
+from megaresid.training.identity import HISTORY, Change, Values, check_resumed
 from megaresid.training.rules import overridden
 from megaresid.training.run_dir import check_usable
 from megaresid.users_code import mistakes_told
@@ -39,17 +42,20 @@ class Prepared:
     resume: Path | None
     weights: Path | None
     hooks: tuple[Hook, ...]
+    changes: tuple[Change, ...] = ()
 
     @property
-    def identity(self) -> dict[str, str | int]:
-        """What a resumed run must share with the run that it goes on with."""
-        return {
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it goes on with, and what has been allowed to differ."""
+        values: Values = {
             "data": self.data.identity,
+            "tokenizer": self.data.folders[0].manifest.content.tokenizer.sha256,
             "spec": self.plan.hash,
             "global_batch_size": self.batch.sequences,
             "seed": self.config.run.seed,
             "optimizer": self.ds_config.engine["optimizer"]["type"],
         }
+        return values | ({HISTORY: [change.model_dump() for change in self.changes]} if self.changes else {})
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -95,8 +101,7 @@ def prepare(config: RunConfig) -> Prepared:
             lambda: validation_of(data, plan.shape, evaluation.validation_tokens),
         ),
     )
-    _check_saved(prepared, model)
-    return prepared
+    return replace(prepared, changes=tuple(_check_saved(prepared, model)))
 
 
 def _check_rules(model: GPT, config: RunConfig, ds_config: DeepSpeedConfig) -> None:
@@ -117,24 +122,27 @@ def _check_rules(model: GPT, config: RunConfig, ds_config: DeepSpeedConfig) -> N
         )
 
 
-def _check_saved(prepared: Prepared, model: GPT) -> None:
-    """Hold the checkpoint to be loaded against this run, from its header alone."""
+def _check_saved(prepared: Prepared, model: GPT) -> list[Change]:
+    """Hold the checkpoint to be loaded against this run, from its header alone; the changes that were allowed."""
     path = prepared.resume or prepared.weights
     if path is None:
-        return
+        return []
     shapes = {name: list(p.shape) for name, p in canonical_parameters(model, model.prefixes).items()}
     if is_folder(path):
         check_shapes(str(path), read_description(path).parameters, shapes)
-        return
+        return []
     with SavedState(path) as saved:
         header = saved.header
+    changes = []
     if prepared.resume:
-        for key, value in prepared.identity.items():
-            if header.identity.get(key) != value:
-                raise UserError(
-                    f"--resume {path}: its {key} is {header.identity.get(key)}, this run's is {value}: resume with "
-                    "what it was started with, or start anew from its weights by --init-from"
-                )
+        changes = check_resumed(
+            path,
+            saved=header.identity,
+            mine=prepared.identity,
+            step=header.step,
+            config=prepared.config,
+            misfit=_misfit(header.parameters, shapes),
+        )
         run = prepared.config.run
         newest = find_checkpoint(run.run_dir) if run.run_dir.exists() else None
         if newest and path.resolve() != newest.resolve():
@@ -145,6 +153,16 @@ def _check_saved(prepared: Prepared, model: GPT) -> None:
         if header.step > run.steps:
             raise UserError(f"--resume {path}: it is of step {header.step}, past --steps {run.steps}: give more steps")
     check_shapes(str(path), header.parameters, shapes)
+    return changes
+
+
+def _misfit(saved: Mapping[str, list[int]], live: Mapping[str, list[int]]) -> str | None:
+    """What ``check_shapes`` says of a checkpoint's parameters; None where they fit."""
+    try:
+        check_shapes("checkpoint", saved, live)
+    except UserError as error:
+        return str(error).removeprefix("checkpoint: ")
+    return None
 
 
 def _weights(path: Path) -> Path:

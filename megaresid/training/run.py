@@ -22,6 +22,7 @@ from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
 from megaresid.training.checkpoint import copy_parameters, load_checkpoint, save_checkpoint
 from megaresid.training.engine import Engine, start_process_group
+from megaresid.training.identity import describe
 from megaresid.training.loop import Course, train
 from megaresid.training.prepare import Prepared
 from megaresid.training.run_dir import RunDirectory, environment, read_metrics
@@ -160,6 +161,8 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
     )
     for line in prepared.data.describe(batch.sequences * course.steps, plan.shape.context):
         recorder.say(f"data      {line}")
+    for change in prepared.changes:
+        recorder.say(f"identity  {describe(change)}")
     if prepared.config.execution.compile:
         recorder.say("compile   at the first step, which may take minutes")
     start = f"step {course.first} of {prepared.resume}" if prepared.resume else prepared.weights or "new weights"
@@ -173,4 +176,5 @@ def _describe(directory: RunDirectory, prepared: Prepared, device: torch.device)
     directory.write("ds_config.json", prepared.ds_config.engine | prepared.ds_config.monitors)
     directory.write("spec.json", prepared.plan.tree() | {"hash": prepared.plan.hash})
     directory.write("environment.json", environment() | {"kernels": kernels})
-    directory.write("data.json", prepared.data.record())
+    changes = {"changes": [change.model_dump() for change in prepared.changes]} if prepared.changes else {}
+    directory.write("data.json", prepared.data.record() | changes)
