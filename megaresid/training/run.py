@@ -27,6 +27,7 @@ from megaresid.training.loop import Course, train
 from megaresid.training.prepare import Prepared
 from megaresid.training.run_dir import RunDirectory, environment, read_metrics
 from megaresid.training.schedule import learning_rate
+from megaresid.training.trace import Trace
 
 T = TypeVar("T")
 
@@ -70,9 +71,10 @@ def execute(prepared: Prepared) -> None:
         )
 
     recorder = _on_rank_0(lambda: _start_record(directory, prepared, course, engine.device))
+    trace = Trace(rank, first, batch.accumulation)
     loader = Loader(
         prepared.data.training(shape.context),
-        prepared.data.sampler(shape.context, config.run.seed),
+        trace.sampler(prepared.data.sampler(shape.context, config.run.seed)),
         context=shape.context,
         global_batch=batch.sequences,
         micro_batch=batch.micro,
@@ -85,7 +87,7 @@ def execute(prepared: Prepared) -> None:
     )
     with loader, recorder or nullcontext():
         strict = config.evaluation.eval_strict
-        train(engine, iter(loader), course, config.interval, prepared.hooks, save, recorder, strict)
+        train(engine, trace.batches(iter(loader)), course, config.interval, prepared.hooks, save, recorder, strict)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
     torch.distributed.destroy_process_group()
