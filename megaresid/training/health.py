@@ -19,9 +19,11 @@ ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one step: what is wrong with it (None: nothing), how many standard deviations loss and norm lie above those
-    of the window (None before it is full, or for what is not finite), and whether the update is made."""
+    """Of one step, numbered from 1: what is wrong with it (None: nothing), how many standard deviations loss and norm
+    lie above those of the window (None before it is full, or for what is not finite), and whether the update is made.
+    """
 
+    step: int
     reason: str | None
     loss_z: float | None
     norm_z: float | None
@@ -62,9 +64,9 @@ class Health:
         self.bad_steps: int = state.get("bad_steps", 0)
         self.verdict: Verdict | None = None
 
-    def accepts(self, loss: float, norm: float) -> bool:
-        """Judge a step by the global batch's mean loss and the norm of its gradient before clipping."""
-        self.verdict = self._judged(loss, norm)
+    def accepts(self, step: int, loss: float, norm: float) -> bool:
+        """Judge step ``step`` by the global batch's mean loss and the norm of its gradient before clipping."""
+        self.verdict = self._judged(step, loss, norm)
         self.bad_steps += self.verdict.reason is not None
         self.bad_in_a_row = 0 if self.verdict.accepted else self.bad_in_a_row + 1
         if self.verdict.accepted:
@@ -101,20 +103,20 @@ class Health:
             "log_norm_deviation": _deviation(self._log_norms),
         }
 
-    def _judged(self, loss: float, norm: float) -> Verdict:
+    def _judged(self, step: int, loss: float, norm: float) -> Verdict:
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                return Verdict(f"the {what} is not finite", None, None, False)
+                return Verdict(step, f"the {what} is not finite", None, None, False)
         if len(self._losses) < self.options.spike_window:
-            return Verdict(None, None, None, True)
+            return Verdict(step, None, None, None, True)
         loss_z = _score(loss, self._losses, LEAST_DEVIATION_OF_LOSS)
         norm_z = _score(_log(norm), self._log_norms, LEAST_DEVIATION_OF_NORM)
         spiking = (("loss", loss, loss_z), ("gradient norm", norm, norm_z))
         for what, value, score in spiking:
             if score > self.options.spike_threshold:
                 reason = f"the {what} {value:.4g} is {score:.1f} standard deviations above the last good steps"
-                return Verdict(reason, loss_z, norm_z, self.options.on_spike == "none")
-        return Verdict(None, loss_z, norm_z, True)
+                return Verdict(step, reason, loss_z, norm_z, self.options.on_spike == "none")
+        return Verdict(step, None, loss_z, norm_z, True)
 
 
 def finite(loss: float, norm: float) -> bool:

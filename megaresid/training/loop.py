@@ -3,16 +3,27 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import torch
-import torch.distributed
 
-from megaresid.config import IntervalOptions
+from megaresid.config import HealthOptions, IntervalOptions
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.running import Hooks
 from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
 from megaresid.training.engine import Engine, StepResult
+from megaresid.training.forensics import Forensics
+from megaresid.training.health import Health, Next
+
+
+class Outcome(Enum):
+    """Why a training ended."""
+
+    FINISHED = "finished"
+    UNHEALTHY = "unhealthy"
+    ROLL_BACK = "roll back"
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Course:
 
     ``training_seconds`` and ``skipped_steps`` are those of the steps before ``first``; ``pending`` names the hooks that
     are to be run there before the next step, where they are due: those that have given no numbers of it yet.
+    ``skipped_batches`` is how many batches roll-backs have passed over: step n trains on batch n + skipped_batches.
     """
 
     first: int
@@ -32,6 +44,7 @@ class Course:
     flops_per_token: int
     peak_flops: float | None  # of all ranks together; None where it is not known
     pending: Collection[str] = ()
+    skipped_batches: int = 0
 
 
 class TrainingClock:
@@ -57,15 +70,22 @@ def train(
     course: Course,
     intervals: IntervalOptions,
     hooks: Sequence[Hook],
-    save: Callable[[int, dict[str, float]], None],
+    save: Callable[[int, dict[str, Any]], None],
     recorder: Recorder | None,
     strict: bool = False,
-) -> None:
+    health: Health | None = None,
+    forensics: Forensics | None = None,
+) -> Outcome:
     """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
 
     ``save(step, counters)`` writes a checkpoint of the state after ``step`` updates, on every rank. A hook that fails
     is told and recorded; where ``strict`` the state is saved then, and the failure raised as a UserError.
+
+    ``health`` judges every step before its update, and ``forensics`` keeps the bad ones. A checkpoint that falls due
+    while updates are being skipped waits for the next good step, so that none is saved of a run gone wrong.
     """
+    health = health or Health(HealthOptions())
+    say = recorder.say if recorder else lambda line: None
     clock = TrainingClock(course.training_seconds)
     evaluation = Hooks(hooks)
     engine.set_step(course.first)
@@ -74,18 +94,21 @@ def train(
         failure = _evaluate(engine, due, course.first, None, course, evaluation, recorder)
     if failure and strict:
         raise UserError(failure)
-    logged_step, logged_seconds, skipped = course.first, clock.seconds(), course.skipped_steps
+    logged_step, logged_seconds, skipped, owed = course.first, clock.seconds(), course.skipped_steps, False
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
         engine.set_step(step + 1)
-        result = engine.train_step(micro_batches, rate)
-        skipped += result.skipped
         done = step + 1
+        if forensics:
+            forensics.begin()
+        result = engine.train_step(micro_batches, rate, _judge(engine, health, forensics, done, rate, say))
+        skipped += result.skipped
+        _tell(health, done, say)
         last, due = done == course.steps, evaluation.due(done, course.steps)
         if recorder:
             recorder.advance(done)
         if _due(intervals.log_interval, done, last) or due:
-            loss = _mean_over_ranks(result.loss)
+            loss = result.mean_loss
             elapsed = clock.seconds() - logged_seconds
             if recorder:
                 row = _row(result, loss, rate, (done - logged_step) * course.tokens_per_step / elapsed, course, engine)
@@ -94,27 +117,47 @@ def train(
                 recorder.record(done, row)
                 recorder.progress_line(done, row)
             logged_step, logged_seconds = done, clock.seconds()
-        counters = {"training_seconds": clock.seconds(), "skipped_steps": skipped}
+        counters = {"training_seconds": clock.seconds(), "skipped_steps": skipped, "health": health.state()}
+        counters |= {"skipped_batches": course.skipped_batches}
+        if (onward := health.next()) is not Next.GO_ON:
+            return Outcome.ROLL_BACK if onward is Next.ROLL_BACK else Outcome.UNHEALTHY
+        owed = owed or _due(intervals.checkpoint_interval, done, last)
         with clock:
             # Before an evaluation, which can take long and fail: a resumed run makes up for one that was cut short.
-            if saved := _due(intervals.checkpoint_interval, done, last):
+            if saved := owed and (last or not health.bad_in_a_row):
                 save(done, counters)
+                owed = False
             failure = _evaluate(engine, due, done, loss, course, evaluation, recorder) if due else None
             if failure and strict:
                 if intervals.checkpoint_interval > 0 and not saved:
                     save(done, counters)
                 raise UserError(failure)
+    return Outcome.FINISHED
 
 
 def _due(interval: int, step: int, last: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last)
 
 
-def _mean_over_ranks(loss: torch.Tensor) -> float:
-    """The mean loss of the whole global batch: every rank holds an equal share of it."""
-    total = loss.clone()
-    torch.distributed.all_reduce(total)
-    return total.item() / torch.distributed.get_world_size()
+def _judge(
+    engine: Engine, health: Health, forensics: Forensics | None, step: int, rate: float, say: Callable[[str], None]
+) -> Callable[[float, float], bool]:
+    """What the engine asks before the update of a step: the health's answer, once a bad step's gradients are noted."""
+
+    def accepts(loss: float, norm: float) -> bool:
+        accepted = health.accepts(step, loss, norm)
+        if forensics and health.verdict.reason and (failure := forensics.keep(engine, step, rate, loss, norm, health)):
+            say(failure)
+        return accepted
+
+    return accepts
+
+
+def _tell(health: Health, step: int, say: Callable[[str], None]) -> None:
+    """A line about a bad step."""
+    if reason := health.verdict.reason:
+        done = "applied" if health.verdict.accepted else f"skipped, {health.bad_in_a_row} in a row"
+        say(f"step {step}: {reason}; update {done}")
 
 
 def _row(result: StepResult, loss: float, rate: float, speed: float, course: Course, engine: Engine) -> dict:
