@@ -133,6 +133,8 @@ class ExecutionOptions(Section):
     """Keep only each layer's input for the backward pass and recompute the rest."""
     compile: bool = False
     """torch.compile of the whole model (ZeRO 0 to 2)."""
+    pipeline_stages: int = 1
+    """Cut the layers into so many stages, one rank each (ZeRO 0 or 1); they must divide the ranks."""
 
 
 class IntervalOptions(Section):
@@ -351,6 +353,7 @@ def _check(config: RunConfig) -> None:
         raise UserError(f"--model {config.model.model}: {suggestion(config.model.model, PRESETS)}")
     values = config.flat()
     at_least_one = ("steps", "global_batch_size", "micro_batch_size", "layers", "heads", "width", "context")
+    at_least_one += ("pipeline_stages",)
     at_least_one += ("spike_threshold", "spike_window", "max_bad_steps")
     not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
     not_negative += ("learning_rate", "min_learning_rate", "weight_decay")

@@ -13,12 +13,11 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
 from deepspeed.utils import groups
 from small_models import SHAPE, Case, model_of, move_away
 
 from megaresid.config import RunConfig, from_flat
-from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules, set_step
+from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules, layer_specs, set_step
 from megaresid.model.pipeline import pipeline_module
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
@@ -175,15 +174,6 @@ def assert_resumes_bitwise(of_ranks) -> None:
             assert torch.equal(parameter, resumed_end[name]), name
 
 
-class Cut(PipelineModule):
-    """Two stages; ``partition_method`` says where the second begins."""
-
-    def _partition_layers(self, method):
-        self.parts = [0, int(method), len(self._layer_specs)]
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-
 def stage_norm(parameters: dict[str, torch.nn.Parameter]) -> float:
     """The norm of the whole model's gradient, from what each stage has; the tied matrix counts once."""
     first = dist.get_rank() == 0
@@ -197,8 +187,8 @@ def train_in_two_stages(case: Case, cut: int) -> Course:
     """Runs on every rank, one stage each: the second begins at part ``cut`` of the model."""
     plan, config = ModelPlan(shape_of(case), case.attention, case.residual), configuration(case)
     # DeepSpeed remembers a pipeline's ranks for every later engine of the process.
-    with mock.patch("megaresid.model.pipeline.PipelineModule", Cut), mock.patch.object(groups, "mpu", None):
-        module, prefixes = pipeline_module(plan, stages=2, seed=0, partition_method=str(cut))
+    with mock.patch.object(groups, "mpu", None):
+        module, prefixes = pipeline_module(plan, stages=2, seed=0, bounds=[0, cut, len(layer_specs(plan))])
         parameters = canonical_parameters(module, prefixes)
         move_away(parameters, case.away, SHAPE.vocab_size)
         rules = canonical_rules(module, prefixes, plan)

@@ -18,7 +18,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from megaresid.config import RunConfig, read_object
+from megaresid.config import ExecutionOptions, RunConfig, read_object
 from megaresid.errors import UserError, suggestion
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -63,7 +63,7 @@ NEVER = 1 << 40  # DeepSpeed prints its own step line every this many steps
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch is split: ``micro`` sequences x ``accumulation`` forwards x ``ranks``."""
+    """How a global batch is split: ``micro`` sequences x ``accumulation`` forwards x data-parallel ``ranks``."""
 
     micro: int
     accumulation: int
@@ -79,6 +79,14 @@ class Batch:
             f"{self.micro} sequences x {self.accumulation} accumulation x {self.ranks} ranks = {self.sequences} "
             f"sequences, {self.sequences * context:,} tokens per step"
         )
+
+
+def data_parallel_ranks(config: RunConfig, ranks: int) -> int:
+    """How many of the ranks have data of their own; raises UserError where the stages do not divide them."""
+    stages = config.execution.pipeline_stages
+    if ranks % stages:
+        raise UserError(f"--pipeline-stages {stages} does not divide the {ranks} ranks: start a multiple of {stages}")
+    return ranks // stages
 
 
 def plan_batch(config: RunConfig, ranks: int) -> Batch:
@@ -157,8 +165,28 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
         raise UserError(f"{path}: bf16.enabled with ZeRO 0 has no fp32 weights: use torch_autocast, or stage 1 to 3")
     if config.execution.compile and zero["stage"] == 3:
         raise UserError(f"{path}: --compile does not work with ZeRO-3: leave it out, or use stage 0 to 2")
+    if config.execution.pipeline_stages > 1:
+        _check_pipeline(path, tree, config.execution)
     tree.setdefault("steps_per_print", NEVER)
     return DeepSpeedConfig(tree, monitors)
+
+
+def _check_pipeline(path: Path, tree: dict, execution: ExecutionOptions) -> None:
+    """Refuse what the stages of a pipeline cannot do."""
+    option, zero = f"--pipeline-stages {execution.pipeline_stages}", tree["zero_optimization"]
+    if zero["stage"] > 1:
+        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']}: {option} takes ZeRO 0 or 1")
+    if execution.compile:
+        raise UserError(f"--compile does not work with {option}: leave one of them out")
+    if tree.get("bf16", {}).get("enabled"):
+        raise UserError(f"{path}: bf16.enabled does not work with {option}: use torch_autocast with bfloat16")
+    for key, mend in (
+        ("overlap_comm", "gradients are reduced once a step"),
+        ("offload_optimizer", "keep the optimizer on the GPU"),
+        ("offload_param", "keep the parameters on the GPU"),
+    ):
+        if zero.get(key):
+            raise UserError(f"{path}: zero_optimization.{key} does not work with {option}: leave it out, {mend}")
 
 
 def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None:

@@ -61,6 +61,7 @@ class Engine:
         self._gate = UpdateGate(self.deepspeed, self._gradients)
         self.micro_losses: list[torch.Tensor] = []
         self.batch = batch
+        self.data_rank = torch.distributed.get_rank()
         self.stage = ds_config.stage
         self.context, self.vocab_size = plan.shape.context, plan.shape.vocab_size
         self.positions_per_forward = batch.micro * plan.shape.context
@@ -117,7 +118,7 @@ class Engine:
     @torch.no_grad()
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-batch in evaluation mode: a sum over valid targets divided by all positions."""
-        with self._evaluating():
+        with evaluating(self.deepspeed):
             _, loss = self.deepspeed(idx.to(self.device), targets.to(self.device))
         return loss.float()
 
@@ -138,21 +139,22 @@ class Engine:
             ValueError: T is above ``context``.
         """
         check_length(idx, self.context)
-        with self._evaluating():
+        with evaluating(self.deepspeed):
             if self._uncompiled is None:
                 return self.deepspeed(idx.to(self.device, non_blocking=True), targets, scores=True)
             with autocast_if_enabled(self.deepspeed):
                 return self._uncompiled(idx.to(self.device, non_blocking=True), targets, scores=True)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode while the block runs."""
-        training = self.deepspeed.module.training
-        self.deepspeed.eval()
-        try:
-            yield
-        finally:
-            self.deepspeed.train(training)
+
+@contextmanager
+def evaluating(engine) -> Iterator[None]:
+    """Evaluation mode of a DeepSpeed engine while the block runs."""
+    training = engine.module.training
+    engine.eval()
+    try:
+        yield
+    finally:
+        engine.train(training)
 
 
 def start_process_group() -> None:

@@ -13,6 +13,7 @@ from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import forward_flops_per_token, training_flops_per_token
 from megaresid.model.gpt import GPT
 from megaresid.model.measure import saved_bytes
+from megaresid.model.pipeline import describe_stages
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 
@@ -72,6 +73,9 @@ def print_estimate(
         f"run       {config.run.steps:,} steps, {tokens:,} tokens ({tokens / training_tokens:.2f} epochs of "
         f"{training_tokens:,}), {training_flops_per_token(plan) * tokens:.3g} FLOPs"
     )
+    if (stages := config.execution.pipeline_stages) > 1:
+        for line in describe_stages(plan, stages):
+            console.print(f"pipeline  {line}")
     memory = memory_per_rank(plan, config, ds_config, batch)
     parts = ", ".join(f"{purpose} {size / 2**30:.2f}" for purpose, size in memory.items())
     on_device = sum(size for purpose, size in memory.items() if "offloaded" not in purpose)

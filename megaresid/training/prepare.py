@@ -20,10 +20,11 @@ from megaresid.exchange.folder import is_folder, read_description
 from megaresid.model.check import check_states, check_users_mixers, complete_rules
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.gpt import GPT, canonical_name, canonical_parameters
+from megaresid.model.pipeline import check_pipeline
 from megaresid.model.plan import ModelPlan
 from megaresid.training.checkpoint import check_shapes, find_checkpoint
 from megaresid.training.checkpoint_format import SavedState
-from megaresid.training.ds_config import Batch, DeepSpeedConfig, plan_batch, resolve
+from megaresid.training.ds_config import Batch, DeepSpeedConfig, data_parallel_ranks, plan_batch, resolve
 from megaresid.training.identity import HISTORY, Change, Values, check_resumed
 from megaresid.training.rules import overridden
 from megaresid.training.run_dir import check_usable
@@ -62,12 +63,14 @@ def prepare(config: RunConfig) -> Prepared:
     """Check a configuration against the files and the launcher's environment; raises UserError."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     run = config.run
-    batch = plan_batch(config, ranks)
+    batch = plan_batch(config, data_parallel_ranks(config, ranks))
     ds_config = resolve(run.deepspeed_config, config, batch)
     with mistakes_told():
         plan = config.plan()
         check_kernels(plan.kinds(), torch.device(get_accelerator().device_name()), ds_config.product_dtype)
         check_states(plan)
+        if config.execution.pipeline_stages > 1:
+            check_pipeline(plan, config.execution.pipeline_stages)
         check_users_mixers(plan)
         with torch.device("meta"):
             model = GPT(plan)

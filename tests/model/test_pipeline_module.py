@@ -39,7 +39,7 @@ def test_a_pipeline_of_one_stage_is_the_plain_module(ranks1):
 
 
 def two_stages():
-    module, prefixes = pipeline_module(ModelPlan(SHAPE), stages=2, seed=4, partition_method="uniform")
+    module, prefixes = pipeline_module(ModelPlan(SHAPE), stages=2, seed=4)
     return {name: p.detach() for name, p in canonical_parameters(module, prefixes).items()}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megaresid.errors import UserError
-from megaresid.training.zero_state import stage0, stage3, stages12
+from megaresid.training.zero_state import pipeline, stage0, stage3, stages12
 from megaresid.training.zero_state.live import LiveState
 
 
@@ -15,11 +15,17 @@ def live_state(engine, parameters: Mapping[str, nn.Parameter]) -> LiveState:
 
     Raises ``UserError`` for a kind of engine whose state no file here knows.
     """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    live = _of_optimizer(engine.optimizer, parameters)
+    return pipeline.live_state(live, engine, parameters) if isinstance(engine, PipelineEngine) else live
+
+
+def _of_optimizer(optimizer, parameters: Mapping[str, nn.Parameter]) -> LiveState:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    optimizer = engine.optimizer
     # Subclasses (ZenFlow, SuperOffload) keep more state than their bases, so the exact class decides.
     if type(optimizer) in (DeepSpeedZeroOptimizer, BF16_Optimizer):
         return stages12.live_state(optimizer, parameters)
