@@ -31,15 +31,22 @@ def use_environment_folder() -> Path:
     scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = scripts + os.pathsep + path
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        folder = Path(sys.prefix, "torch_extensions")
-        if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            versions = f"py{sys.version_info.major}{sys.version_info.minor}-torch{importlib.metadata.version('torch')}"
-            folder = cache / "megaresid" / "torch_extensions" / versions
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    folder = environment_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     _quote_library_folder()
-    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    return folder
+
+
+def environment_folder() -> Path:
+    """The folder that ``use_environment_folder`` chooses; nothing is set."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder = Path(sys.prefix, "torch_extensions")
+    if os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    versions = f"py{sys.version_info.major}{sys.version_info.minor}-torch{importlib.metadata.version('torch')}"
+    return cache / "megaresid" / "torch_extensions" / versions
 
 
 def _quote_library_folder() -> None:
@@ -71,17 +78,29 @@ def remove_stale_locks(folder: Path) -> list[Path]:
         os.close(descriptor)
 
 
+def stale_locks(folder: Path) -> list[Path]:
+    """The locks that ``remove_stale_locks`` would delete."""
+    return [lock for lock in sorted(folder.glob("**/lock")) if _is_stale(lock)]
+
+
 def _removed(lock: Path) -> bool:
-    several_machines = int(os.environ.get("WORLD_SIZE") or 1) > ranks_on_this_machine()
+    if not _is_stale(lock):
+        return False
     try:
-        found = lock.stat()
-        visible = found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()
-        if _has_builder(lock) or (not visible and time.time() - found.st_mtime < PATIENCE):
-            return False
         lock.unlink()
     except FileNotFoundError:  # released meanwhile
         return False
     return True
+
+
+def _is_stale(lock: Path) -> bool:
+    several_machines = int(os.environ.get("WORLD_SIZE") or 1) > ranks_on_this_machine()
+    try:
+        found = lock.stat()
+    except FileNotFoundError:  # released meanwhile
+        return False
+    visible = found.st_uid == os.geteuid() and not several_machines and Path("/proc/self/fd").is_dir()
+    return not (_has_builder(lock) or (not visible and time.time() - found.st_mtime < PATIENCE))
 
 
 def _has_builder(lock: Path) -> bool:
