@@ -3,7 +3,7 @@
 The arguments are DeepSpeed's launcher's, or begin with another program (torchrun, python). --restart K among them
 starts it again, at most K times, where it ends by a fault. Linux, and nothing but Python's own library.
 
-SIGTERM, SIGINT, SIGHUP   the ranks save and leave: exit code 75. The second one ends everything at once: 128 + its number.
+SIGTERM, SIGINT, SIGHUP   the ranks save and leave: exit code 75. The second one ends all at once: 128 + its number.
 SIGUSR1                   the ranks save and go on.
 """
 
@@ -26,7 +26,7 @@ from megaresid.training.supervisor import FOLDER, LOCK, read_reports
 PROGRAMS = ("deepspeed", "torchrun", "python")
 STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 AT_ONCE = 0.2
-"""Seconds within which a signal that comes twice is one: `timeout` and some schedulers send it to a process and to its group."""
+"""Seconds within which a signal that comes twice is one: `timeout` sends it to a process and to its group."""
 GRACE = float(os.environ.get("MEGARESID_GRACE_SECONDS", "20"))
 """Seconds that the other ranks have when one has ended; a launcher by itself gives them 30 each."""
 FIRST_PAUSE = float(os.environ.get("MEGARESID_RESTART_SECONDS", "5"))
@@ -126,7 +126,8 @@ class Start:
         failed = [report for report in reports if report["code"] not in (None, *NOT_MENDED_BY_A_RESTART)]
         if dead or failed:
             ranks = dead or failed[:1]
-            self.fault = f"{described(ranks)} on {socket.gethostname()} {'died' if dead else 'failed'} {place(ranks[0])}"
+            ended = "died" if dead else "failed"
+            self.fault = f"{described(ranks)} on {socket.gethostname()} {ended} {place(ranks[0])}"
             say(f"error: {self.fault}")
         if dead or any(report["code"] is not None for report in reports):
             self._deadline = time.monotonic() + GRACE

@@ -16,12 +16,14 @@ from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
 from megaresid.training.engine import Engine, StepResult
 from megaresid.training.forensics import Forensics
 from megaresid.training.health import Health, Next
+from megaresid.training.signals import Wish, Wishes
 
 
 class Outcome(Enum):
     """Why a training ended."""
 
     FINISHED = "finished"
+    STOPPED = "stopped by a signal"
     UNHEALTHY = "unhealthy"
     ROLL_BACK = "roll back"
 
@@ -75,6 +77,7 @@ def train(
     strict: bool = False,
     health: Health | None = None,
     forensics: Forensics | None = None,
+    wishes: Wishes | None = None,
 ) -> Outcome:
     """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
 
@@ -83,17 +86,24 @@ def train(
 
     ``health`` judges every step before its update, and ``forensics`` keeps the bad ones. A checkpoint that falls due
     while updates are being skipped waits for the next good step, so that none is saved of a run gone wrong.
+
+    ``wishes`` are asked after every step. At a wish to stop the state is saved, and evaluations that were due are left
+    to the resumed run; between two evaluations a wish to stop is heard too.
     """
     health = health or Health(HealthOptions())
+    wishes = wishes or Wishes()
     say = recorder.say if recorder else lambda line: None
     clock = TrainingClock(course.training_seconds)
     evaluation = Hooks(hooks)
     engine.set_step(course.first)
     due = [hook for hook in evaluation.due(course.first, course.steps) if hook.name in course.pending]
     with clock:
-        failure = _evaluate(engine, due, course.first, None, course, evaluation, recorder)
+        failure = _evaluate(engine, due, course.first, None, course, evaluation, recorder, wishes)
     if failure and strict:
         raise UserError(failure)
+    if wishes.agreed_to_stop():
+        say(f"stopped by a signal at step {course.first}, before a step was made: go on with --resume auto")
+        return Outcome.STOPPED
     logged_step, logged_seconds, skipped, owed = course.first, clock.seconds(), course.skipped_steps, False
     for step in range(course.first, course.steps):
         rate = course.learning_rate(step)
@@ -112,7 +122,8 @@ def train(
             elapsed = clock.seconds() - logged_seconds
             if recorder:
                 row = _row(result, loss, rate, (done - logged_step) * course.tokens_per_step / elapsed, course, engine)
-                row |= {"skipped_steps": skipped, "tokens": done * course.tokens_per_step}
+                row |= {"skipped_steps": skipped, "skipped_batches": course.skipped_batches}
+                row |= {"tokens": done * course.tokens_per_step}
                 row |= {"training_seconds": clock.seconds()}
                 recorder.record(done, row)
                 recorder.progress_line(done, row)
@@ -121,17 +132,27 @@ def train(
         counters |= {"skipped_batches": course.skipped_batches}
         if (onward := health.next()) is not Next.GO_ON:
             return Outcome.ROLL_BACK if onward is Next.ROLL_BACK else Outcome.UNHEALTHY
-        owed = owed or _due(intervals.checkpoint_interval, done, last)
+        wish = wishes.agreed()
+        stopping = wish is Wish.STOP
+        owed = owed or wish is Wish.SAVE or _due(intervals.checkpoint_interval, done, last)
         with clock:
             # Before an evaluation, which can take long and fail: a resumed run makes up for one that was cut short.
-            if saved := owed and (last or not health.bad_in_a_row):
+            if saved := stopping or (owed and (last or not health.bad_in_a_row)):
                 save(done, counters)
                 owed = False
-            failure = _evaluate(engine, due, done, loss, course, evaluation, recorder) if due else None
+            failure = None
+            if due and not stopping:
+                failure = _evaluate(engine, due, done, loss, course, evaluation, recorder, wishes)
+                stopping = wishes.agreed_to_stop()
             if failure and strict:
                 if intervals.checkpoint_interval > 0 and not saved:
                     save(done, counters)
                 raise UserError(failure)
+            if stopping:
+                if not saved:
+                    save(done, counters)
+                say(f"stopped by a signal at step {done} and saved: go on with --resume auto")
+                return Outcome.STOPPED
     return Outcome.FINISHED
 
 
@@ -179,11 +200,15 @@ def _evaluate(
     course: Course,
     hooks: Hooks,
     recorder: Recorder | None,
+    wishes: Wishes,
 ) -> str | None:
-    """Run the hooks that are due, and record each at once; of those that failed, the first one's failure."""
+    """Run the hooks that are due until a wish to stop, and record each at once; of those that failed, the first one's
+    failure."""
     say = recorder.say if recorder else lambda line: None
     measured, first_failure = {}, None
     for hook in due:
+        if wishes.agreed_to_stop():
+            break
         found, failure = hooks.run(hook, engine, say)
         if failure is not None:
             failure = f"evaluation {hook.name} failed at step {step}: {failure}"

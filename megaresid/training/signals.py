@@ -17,14 +17,17 @@ class Wish(IntEnum):
 
 
 class Wishes:
-    """What this rank's signals ask for, from its making on. One a process, made in the main thread.
-
-    Where nobody supervises the rank, the second SIGTERM or SIGINT ends it at once, with 128 + its number. Under
-    ``launch/train.sh`` that is the supervisor's part: a launcher sends SIGTERM to the others when one rank leaves.
-    """
+    """What this rank's signals have asked for since ``listen``."""
 
     def __init__(self):
         self._save = self._stop = False
+
+    def listen(self) -> None:
+        """Take the signals of this process. Called in its main thread, once.
+
+        Where nobody supervises the rank, the second SIGTERM or SIGINT ends it at once, with 128 + its number. Under
+        ``launch/train.sh`` that is the supervisor's part: a launcher sends SIGTERM to the others when one rank leaves.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -37,18 +40,24 @@ class Wishes:
         self._stop = True
 
     def agreed(self) -> Wish:
-        """The strongest wish of any rank, on every rank. Called by all of them between two steps."""
-        import torch
-        import torch.distributed as dist
-
-        mine = Wish.STOP if self._stop else Wish.SAVE if self._save else Wish.NONE
-        if dist.get_world_size() == 1:
-            wish = mine
-        else:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            strongest = torch.tensor(int(mine), device=device)
-            dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
-            wish = Wish(strongest.item())
-        if wish >= Wish.SAVE:
+        """The strongest wish of any rank, on every rank; SAVE is answered once. Called by all between two steps."""
+        wish = Wish(_most(Wish.STOP if self._stop else Wish.SAVE if self._save else Wish.NONE))
+        if wish is not Wish.NONE:
             self._save = False  # one that arrived meanwhile gets this save too
         return wish
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any rank wishes to stop, on every rank; wishes to save are left for ``agreed``. Called by all."""
+        return bool(_most(self._stop))
+
+
+def _most(mine: int) -> int:
+    """The largest of the ranks' numbers."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return mine
+    most = torch.tensor(int(mine), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()

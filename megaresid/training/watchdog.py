@@ -45,7 +45,8 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, patience: float, report: Report):
-        self._folder, self._rank, self._ranks, self._patience, self._report = run / FOLDER, rank, ranks, patience, report
+        self._folder, self._rank, self._ranks = run / FOLDER, rank, ranks
+        self._patience, self._report = patience, report
         self._beats, self._doing, self._step, self._first = 0, "starting", None, True
         self._main = threading.get_ident()
         self._closed = threading.Event()
