@@ -146,6 +146,8 @@ class IntervalOptions(Section):
     """Checkpoint, at the end too."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept; 0 for all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good; 0 for none."""
 
 
 class HealthOptions(Section):
@@ -355,7 +357,7 @@ def _check(config: RunConfig) -> None:
     at_least_one = ("steps", "global_batch_size", "micro_batch_size", "layers", "heads", "width", "context")
     at_least_one += ("pipeline_stages",)
     at_least_one += ("spike_threshold", "spike_window", "max_bad_steps")
-    not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "seed", "clip")
+    not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "seed", "clip")
     not_negative += ("learning_rate", "min_learning_rate", "weight_decay")
     for key in at_least_one + not_negative:
         least = int(key in at_least_one)
@@ -364,6 +366,9 @@ def _check(config: RunConfig) -> None:
     for key in ("warmup_fraction", "decay_fraction", "dropout"):
         if not 0 <= values[key] <= 1:
             raise UserError(f"--{key.replace('_', '-')} {values[key]}: must be between 0 and 1")
+    interval, every = config.interval.checkpoint_interval, config.interval.keep_every
+    if interval and every % interval:
+        raise UserError(f"--keep-every {every}: no multiple of --checkpoint-interval {interval}: choose one, or 0")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise UserError(f"--betas {config.optimizer.betas}: each must be at least 0 and below 1")
     if config.optimizer.min_learning_rate > config.optimizer.learning_rate:

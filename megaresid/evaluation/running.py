@@ -36,7 +36,8 @@ LONG_SECONDS = 10.0
 """A hook that took longer, or was never run, is announced."""
 RESERVED = frozenset(
     "schema step tokens train_loss learning_rate gradient_norm tokens_per_second mfu memory_bytes skipped_steps "
-    "training_seconds failed".split()
+    "skipped_batches "
+    "training_seconds failed failed_saves".split()
 )
 """Names in metrics.jsonl that are the training's own; so is all below ``seconds/``."""
 

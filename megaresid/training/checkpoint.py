@@ -6,65 +6,54 @@ Hyperparameters of the optimizer (learning rate, ...) are not in it: they are fu
 """
 
 import base64
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megaresid.errors import UserError, suggestion
+from megaresid.training.agreement import CheckpointError, DamagedCheckpoint, Ranks, agreed
 from megaresid.training.checkpoint_format import (
     ASIDE,
     FOLDER,
     HEADER,
-    LATEST,
     MARKER,
-    FileRecord,
-    Header,
-    Marker,
     SavedState,
     check_hashes,
     checkpoints_in,
     complete_files,
-    is_complete,
     iterate_parameters,
-    move_into_place,
-    rank_file,
     read_parameters,
-    step_dir,
-    write_record,
-    write_tensors,
+    step_of,
 )
+from megaresid.training.retention import Retention
+from megaresid.training.saver import merged, remove_outdated, write_checkpoint
+from megaresid.training.snapshot import ENGINE_COUNTERS, shapes_of, take_snapshot
 from megaresid.training.zero_state import live_state
 from megaresid.training.zero_state.live import PARAMETER, LiveState
 
 __all__ = [
     "CheckpointError",
     "CheckpointState",
+    "DamagedCheckpoint",
     "agreed",
     "check_shapes",
     "copy_parameters",
     "find_checkpoint",
     "iterate_parameters",
     "load_checkpoint",
+    "load_newest",
     "read_parameters",
     "save_checkpoint",
     "shapes_of",
 ]
-
-ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-class CheckpointError(Exception):
-    """A fault on some rank (a full disk, a folder it cannot see) that ended a save or load on all of them."""
 
 
 @dataclass(frozen=True)
@@ -85,58 +74,24 @@ def save_checkpoint(
     step: int,
     counters: dict[str, Any],
     identity: dict[str, Any],
-    keep: int | None = None,
+    retention: Retention = Retention(),
 ) -> Path:
-    """Write ``checkpoints_dir/step_00000200`` from a DeepSpeed engine between two steps, and return its path.
+    """Write ``checkpoints_dir/step_00000200`` from a DeepSpeed engine between two steps, and return its path when it is
+    written (``Saver`` does so in the background).
 
     Every rank calls it. ``parameters`` are the live ones by canonical name; ``counters`` and ``identity`` (JSON
-    values, rank 0's are kept) come back from ``load_checkpoint``. ``keep`` removes all but the newest so many complete
-    checkpoints afterwards, never the one that ``latest`` names. Raises ``UserError`` for a step that is there already,
-    ``CheckpointError`` for a fault while writing; the checkpoints that were there stay as they were.
+    values, rank 0's are kept) come back from ``load_checkpoint``. Raises what ``write_checkpoint`` raises.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    target, aside = checkpoints_dir / step_dir(step), checkpoints_dir / (ASIDE + step_dir(step))
-    what = f"checkpoint {target}"
+    ranks = Ranks()
     try:
-        with agreed(what):
-            if keep is not None and keep < 1:
-                raise UserError(f"checkpoints to keep: {keep}; keep at least 1")
-            if engine.micro_steps % engine.gradient_accumulation_steps():
-                raise ValueError("between two micro-batches of a step: the gradients so far would be lost")
-            json.dumps([counters, identity])
-            live = live_state(engine, parameters)
-            tensors, runs = _written(live, rank, ranks)
-            if rank == 0:
-                _make_room(checkpoints_dir, target)
-                aside.mkdir()
-        with agreed(what):
-            record = write_tensors(aside / rank_file(rank), tensors, runs)
-            part = record, shapes_of(parameters), live.scalars(), _generator_states()
-        parts = _gathered(part)
-        with agreed(what):
-            if rank == 0:
-                records, shapes, scalars, generators = zip(*parts)
-                header = Header(
-                    step=step,
-                    world_size=ranks,
-                    parameters=_merged(shapes),
-                    scalars=_merged(scalars),
-                    counters=counters,
-                    engine={name: getattr(engine, name) for name in ENGINE_COUNTERS},
-                    generators=generators,
-                    identity=identity,
-                )
-                _complete(aside, header, records)
-                move_into_place(aside, target)
-    except (CheckpointError, UserError):
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if keep is not None:
-        with agreed(f"old checkpoints of {checkpoints_dir}"):
-            if rank == 0:
-                _retain(checkpoints_dir, keep)
-    return target
+        part = take_snapshot(
+            engine, parameters, ranks.rank, ranks.count, step=step, counters=counters, identity=identity
+        )
+    except Exception as error:  # raised with all ranks together
+        part = error
+    path = write_checkpoint(ranks, step, part, checkpoints_dir, retention)
+    remove_outdated(ranks, checkpoints_dir, retention)
+    return path
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -183,6 +138,39 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     return CheckpointState(header.step, header.counters, header.identity, header.world_size)
 
 
+def load_newest(
+    engine, parameters: Mapping[str, nn.Parameter], newest: Path
+) -> tuple[CheckpointState, Path, list[str]]:
+    """``load_checkpoint`` of ``newest`` or, where files of it are damaged, of the newest before it that is whole.
+
+    Also returns that one's path, and what is wrong with each that was damaged. Those are given a name that is no
+    checkpoint's, ``damaged_step_00000200``, so that the run can save those steps again. Every rank calls it. Raises as
+    ``load_checkpoint`` does, for damage where no checkpoint is whole; then they all keep their names.
+    """
+    path, damaged = newest, []
+    while True:
+        try:
+            state = load_checkpoint(engine, parameters, path)
+            break
+        except DamagedCheckpoint as damage:
+            damaged.append((path, str(damage)))
+            older = [None]
+            if dist.get_rank() == 0:
+                older = [one for one in checkpoints_in(path.parent) if step_of(one) < step_of(path)][-1:] or older
+            dist.broadcast_object_list(older, src=0)
+            if older[0] is None:
+                raise
+            path = older[0]
+    with agreed(f"damaged checkpoints of {newest.parent}"):
+        if dist.get_rank() == 0:
+            for one, _ in damaged:
+                aside = one.with_name(f"damaged_{one.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)  # of an earlier time that this step was damaged
+                os.rename(one, aside)
+    return state, path, [problem for _, problem in damaged]
+
+
 def copy_parameters(engine, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
     """Set an engine's parameters, under any ZeRO stage, to those of a checkpoint; all else stays as it is.
 
@@ -204,57 +192,11 @@ def _opened(engine, parameters: Mapping[str, nn.Parameter], path: Path) -> tuple
         live, shapes = live_state(engine, parameters), shapes_of(parameters)
         files = complete_files(path)
         check_hashes(path, files, sorted(files)[dist.get_rank() :: dist.get_world_size()])
-    shapes = _merged(_gathered(shapes))
+    shapes = merged(Ranks().gathered(shapes))
     with agreed(what):
         saved = SavedState(path)
         check_shapes(str(path), saved.header.parameters, shapes)
     return live, saved
-
-
-def _written(
-    live: LiveState, rank: int, ranks: int
-) -> tuple[dict[tuple[str, str], Tensor], dict[str, tuple[int, int]]]:
-    """The flat tensors of this rank's file by (kind, name), and the (offset, length) of each name."""
-    tensors, runs = {}, {}
-    for kind, fragment, elements in live.tensors(rank, ranks):
-        tensors[kind, fragment.name] = elements
-        runs[fragment.name] = fragment.offset, fragment.length
-    return tensors, runs
-
-
-def _make_room(folder: Path, target: Path) -> None:
-    """Remove what earlier saves left unfinished, and a damaged checkpoint of the same step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        if is_complete(target):
-            raise UserError(f"{target} is there already and is not overwritten: resume from it, or move it away")
-        os.rename(target, folder / (ASIDE + "damaged-" + target.name))
-    for leftover in folder.glob(ASIDE + "*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _complete(aside: Path, header: Header, records: tuple[FileRecord, ...]) -> None:
-    """Write the header and then, once every rank's file is seen from here in its size, the marker."""
-    files = {rank_file(rank): record for rank, record in enumerate(records)}
-    files[HEADER] = write_record(aside / HEADER, header)
-    for name, record in files.items():
-        if (aside / name).stat().st_size != record.size:
-            raise OSError(f"{aside / name} has not the {record.size} bytes that were written")
-    write_record(aside / MARKER, Marker(files=files))
-
-
-def _retain(folder: Path, keep: int) -> None:
-    latest = (folder / LATEST).read_text(encoding="utf-8").strip()
-    for old in checkpoints_in(folder)[:-keep]:
-        if old.name != latest:
-            # Renamed first: a removal that is interrupted leaves nothing that has a checkpoint's name.
-            gone = old.rename(folder / (ASIDE + "old-" + old.name))
-            shutil.rmtree(gone, ignore_errors=True)
-
-
-def shapes_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
-    """Full shapes; ZeRO-3 leaves an empty tensor in the module and keeps the shape aside."""
-    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
 
 
 def check_shapes(source: str, saved: Mapping[str, list[int]], live: Mapping[str, list[int]]) -> None:
@@ -269,13 +211,6 @@ def check_shapes(source: str, saved: Mapping[str, list[int]], live: Mapping[str,
             raise UserError(f"{source}: {name} has shape {shape} there and {live[name]} here; give the model it was of")
 
 
-def _generator_states() -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
-
-
 def _set_generator_states(states: Mapping[str, str]) -> None:
     for device, text in states.items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -283,36 +218,3 @@ def _set_generator_states(states: Mapping[str, str]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
-    return values
-
-
-def _merged(parts: Any) -> dict:
-    merged: dict = {}
-    for part in parts:
-        merged.update(part)
-    return merged
-
-
-@contextmanager
-def agreed(what: str) -> Iterator[None]:
-    """A stretch of work without collectives whose failure on any rank is raised on every rank."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    mine = None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}")
-    reports = _gathered(mine)
-    for rank, report in enumerate(reports):
-        if report is None:
-            continue
-        is_users, text = report
-        if is_users:
-            raise UserError(text.partition(": ")[2]) from failure
-        raise CheckpointError(f"{what}: rank {rank}: {text}") from failure

@@ -6,6 +6,9 @@
         checkpoint.json                     the header
         complete.json                       sizes and hashes of the files above; written last
 
+The files of the ranks are written here rather than by safetensors, which would hold all their bytes a second time, and
+not say which error the disk gave; their hashes are taken on the way, of the bytes that were meant.
+
 Needs neither DeepSpeed nor a process group.
 """
 
@@ -15,17 +18,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megaresid.durable import sync
+from megaresid.durable import forget, sync
 from megaresid.errors import UserError, suggestion
+from megaresid.training.agreement import DamagedCheckpoint
 from megaresid.training.zero_state.live import PARAMETER
 
 HEADER = "checkpoint.json"
@@ -33,6 +37,21 @@ MARKER = "complete.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 ASIDE = ".tmp-"
+AT_ONCE = 16 * 2**20
+"""Bytes that are hashed and written at once."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""In safetensors' words."""
 
 _RUNS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
@@ -83,19 +102,62 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: dict[tuple[str, str], Tensor], runs: dict[str, tuple[int, int]]) -> FileRecord:
-    """Write a rank's flat tensors, by (kind, name), to disk; ``runs`` says the (offset, length) of each name."""
-    flat = {f"{kind}:{name}": tensor.cpu() for (kind, name), tensor in tensors.items()}
-    save_file(flat, path, metadata={"runs": json.dumps(runs)})
-    sync(path)
-    return _record(path)
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rank's file: its safetensors ``header``, then ``size`` bytes, where the flat tensor of each (kind, name) has
+    those from ``begin`` to ``end``."""
+
+    header: bytes
+    places: list[tuple[tuple[str, str], int, int]]
+    size: int
+
+
+def layout_of(tensors: Mapping[tuple[str, str], Tensor], runs: Mapping[str, tuple[int, int]]) -> Layout:
+    """The layout for flat tensors by (kind, name); ``runs`` says the (offset, length) of each name."""
+    header: dict[str, Any] = {"__metadata__": {"runs": json.dumps(runs)}}
+    places, end = [], 0
+    # Wide elements first: then every tensor stands where its elements are aligned.
+    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+        tensor = tensors[key]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        places.append((key, begin, end))
+        header[":".join(key)] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": [tensor.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return Layout(len(text).to_bytes(8, "little") + text, places, end)
+
+
+def write_elements(path: Path, layout: Layout, elements: Tensor) -> FileRecord:
+    """Write a rank's file to disk; ``elements`` uint8 [layout.size], on the CPU."""
+    data = memoryview(elements.numpy())
+    return _write(path, [layout.header, *(data[at : at + AT_ONCE] for at in range(0, layout.size, AT_ONCE))])
 
 
 def write_record(path: Path, record: BaseModel) -> FileRecord:
     """Write a header or marker to disk."""
-    path.write_text(json.dumps(record.model_dump(), indent=1) + "\n", encoding="utf-8")
-    sync(path)
-    return _record(path)
+    return _write(path, [json.dumps(record.model_dump(), indent=1).encode() + b"\n"])
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
+    size, digest = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        forget(file)
+    return FileRecord(size=size, sha256=digest.hexdigest())
 
 
 def move_into_place(aside: Path, target: Path) -> None:
@@ -104,32 +166,40 @@ def move_into_place(aside: Path, target: Path) -> None:
     os.rename(aside, target)
     sync(target.parent)
     pointer = target.parent / (ASIDE + LATEST)
-    pointer.write_text(target.name + "\n", encoding="utf-8")
-    sync(pointer)
+    _write(pointer, [target.name.encode() + b"\n"])
     os.replace(pointer, target.parent / LATEST)
     sync(target.parent)
 
 
 def complete_files(path: Path) -> dict[str, FileRecord]:
-    """The files of a complete checkpoint by name, sizes checked; else ``UserError`` naming the file at fault."""
+    """The files of a complete checkpoint by name: sizes are checked, and the header's hash; else ``DamagedCheckpoint``
+    naming the file at fault."""
     marker = _load(path / MARKER, Marker)
     ranks = sum(name != HEADER for name in marker.files)
     if set(marker.files) != {HEADER, *map(rank_file, range(ranks))} or ranks == 0:
-        raise UserError(f"{path / MARKER}: it does not list {HEADER} and one file a rank; use another checkpoint")
+        raise DamagedCheckpoint(f"{path / MARKER}: it does not list {HEADER} and one file a rank; use another one")
     for name, record in marker.files.items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file}: the file is missing, the checkpoint is damaged; use another one")
+            raise DamagedCheckpoint(f"{file}: the file is missing, the checkpoint is damaged; use another one")
         if (size := file.stat().st_size) != record.size:
-            raise UserError(f"{file}: {size} bytes where {record.size} were written; use another checkpoint")
+            raise DamagedCheckpoint(f"{file}: {size} bytes where {record.size} were written; use another checkpoint")
+    for file in sorted(path.glob("rank_*.safetensors")):
+        if file.name not in marker.files:
+            raise DamagedCheckpoint(f"{file}: {MARKER} does not list it, it is of another checkpoint; remove it")
+    check_hashes(path, marker.files, [HEADER])
     return marker.files
 
 
 def check_hashes(path: Path, files: Mapping[str, FileRecord], names: Iterable[str]) -> None:
-    """Raise ``UserError`` naming the first of ``names`` whose bytes are not those that were written."""
+    """Raise ``DamagedCheckpoint`` naming the first of ``names`` whose bytes are not those that were written."""
     for name in names:
-        if _record(path / name).sha256 != files[name].sha256:
-            raise UserError(f"{path / name}: the SHA-256 is not that of {MARKER}, the file is damaged; use another one")
+        with (path / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != files[name].sha256:
+            raise DamagedCheckpoint(
+                f"{path / name}: the SHA-256 is not that of {MARKER}, the file is damaged; use another one"
+            )
 
 
 def is_complete(path: Path) -> bool:
@@ -144,7 +214,12 @@ def is_complete(path: Path) -> bool:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest step first."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(filter(is_complete, found), key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(filter(is_complete, found), key=step_of)
+
+
+def read_header(path: Path) -> Header:
+    """The header of a complete checkpoint, without a look at the ranks' files."""
+    return _load(path / HEADER, Header)
 
 
 class SavedState:
@@ -156,7 +231,7 @@ class SavedState:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header = _load(path / HEADER, Header)
+        self.header = read_header(path)
         self._kinds: dict[str, dict[str, torch.dtype]] = {name: {} for name in self.header.parameters}
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         self._files = ExitStack()
@@ -165,9 +240,9 @@ class SavedState:
                 try:
                     self._index(path / file)
                 except FileNotFoundError:
-                    raise UserError(f"{path / file}: it is missing, {HEADER} counts it; use another one") from None
+                    raise DamagedCheckpoint(f"{path / file}: missing, {HEADER} counts it; use another one") from None
                 except (SafetensorError, ValidationError):
-                    raise UserError(f"{path / file}: its safetensors header is damaged; use another one") from None
+                    raise DamagedCheckpoint(f"{path / file}: its safetensors header is damaged; use another") from None
         except BaseException:
             self.close()
             raise
@@ -243,15 +318,12 @@ def _load(path: Path, record: type[R]) -> R:
     try:
         return record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing, the checkpoint is half-written; use another one") from None
+        raise DamagedCheckpoint(f"{path}: the file is missing, the checkpoint is half-written; use another") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}, the checkpoint is damaged; use another one") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {key}: {first['msg']}; use a checkpoint of this version of megaresid") from None
     except ValueError:
-        raise UserError(f"{path}: it is not JSON, the checkpoint is damaged; use another one") from None
-
-
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        return FileRecord(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        raise DamagedCheckpoint(f"{path}: it is not JSON, the checkpoint is damaged; use another one") from None

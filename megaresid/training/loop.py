@@ -25,6 +25,7 @@ class Outcome(Enum):
     FINISHED = "finished"
     STOPPED = "stopped by a signal"
     UNHEALTHY = "unhealthy"
+    UNSAVED = "unsaved"
     ROLL_BACK = "roll back"
 
 
@@ -75,6 +76,7 @@ def train(
     save: Callable[[int, dict[str, Any]], None],
     recorder: Recorder | None,
     strict: bool = False,
+    tell_saves: Callable[[int], None] = lambda step: None,
     health: Health | None = None,
     forensics: Forensics | None = None,
     wishes: Wishes | None = None,
@@ -83,6 +85,7 @@ def train(
 
     ``save(step, counters)`` writes a checkpoint of the state after ``step`` updates, on every rank. A hook that fails
     is told and recorded; where ``strict`` the state is saved then, and the failure raised as a UserError.
+    ``tell_saves(step)`` is called after every step: saves go on in the background, and can fail.
 
     ``health`` judges every step before its update, and ``forensics`` keeps the bad ones. A checkpoint that falls due
     while updates are being skipped waits for the next good step, so that none is saved of a run gone wrong.
@@ -117,6 +120,7 @@ def train(
         last, due = done == course.steps, evaluation.due(done, course.steps)
         if recorder:
             recorder.advance(done)
+        tell_saves(done)
         if _due(intervals.log_interval, done, last) or due:
             loss = result.mean_loss
             elapsed = clock.seconds() - logged_seconds

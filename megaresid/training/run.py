@@ -1,9 +1,12 @@
 """A checked run, carried out: join the ranks, build, restore, train."""
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -18,32 +21,63 @@ from megaresid.exchange.into_engine import copy_exported
 from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import peak_flops, training_flops_per_token
 from megaresid.model.init import derived_seed
+from megaresid.model.pipeline import describe_stages
 from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
-from megaresid.training.checkpoint import copy_parameters, load_checkpoint, save_checkpoint
+from megaresid.training.checkpoint import copy_parameters, load_checkpoint, load_newest
 from megaresid.training.engine import Engine, start_process_group
+from megaresid.training.forensics import Forensics
+from megaresid.training.health import Health
 from megaresid.training.identity import describe
-from megaresid.training.loop import Course, train
+from megaresid.training.loop import Course, Outcome, train
+from megaresid.training.pipeline_engine import PipelineEngine
 from megaresid.training.prepare import Prepared
+from megaresid.training.retention import Retention
+from megaresid.training.rollback import Back, Rollbacks
 from megaresid.training.run_dir import RunDirectory, environment, read_metrics
+from megaresid.training.saver import Saver
 from megaresid.training.schedule import learning_rate
 from megaresid.training.trace import Trace
 
 T = TypeVar("T")
 
 
-def execute(prepared: Prepared) -> None:
-    """Join the ranks, build, restore if asked, train. Called by every rank."""
+def execute(prepared: Prepared) -> Outcome:
+    """Join the ranks, build, restore if asked, train; how it ended. Called by every rank."""
     config, plan, batch = prepared.config, prepared.plan, prepared.batch
     compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
     rank = torch.distributed.get_rank()
     directory = _on_rank_0(lambda: RunDirectory(config.run.run_dir))
-    engine = Engine(plan, config, prepared.ds_config, batch)
+    make_engine = PipelineEngine if config.execution.pipeline_stages > 1 else Engine
+    engine = make_engine(plan, config, prepared.ds_config, batch)
     torch.manual_seed(derived_seed(config.run.seed, f"dropout of rank {rank}"))
-    first, counters = _restore(engine, prepared)
+    first, counters, resumed = _restore(engine, prepared)
+    prepared = dataclasses.replace(prepared, resume=resumed)
+    rollbacks = Rollbacks(config.run.run_dir)
+    outcome = _train(engine, prepared, directory, first, counters, rollbacks)
+    while isinstance(outcome, Back):
+        state = load_checkpoint(engine.deepspeed, engine.parameters, outcome.checkpoint)
+        counters = state.counters | {"skipped_batches": outcome.skipped_batches}
+        outcome = _train(engine, prepared, directory, state.step, counters, rollbacks)
+    torch.distributed.barrier()
+    engine.deepspeed.destroy()
+    torch.distributed.destroy_process_group()
+    return outcome
 
-    shape = plan.shape
+
+def _train(
+    engine: Engine,
+    prepared: Prepared,
+    directory: RunDirectory | None,
+    first: int,
+    counters: dict[str, Any],
+    rollbacks: Rollbacks,
+) -> Outcome | Back:
+    """From step ``first``, whose state the engine has and whose counters these are, to the end, or to where the run
+    ends before or goes back."""
+    config, plan, batch = prepared.config, prepared.plan, prepared.batch
+    rank, shape = torch.distributed.get_rank(), plan.shape
     peak = None
     if engine.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(engine.device), prepared.ds_config.autocast_dtype)
@@ -55,22 +89,21 @@ def execute(prepared: Prepared) -> None:
         tokens_per_step=batch.sequences * shape.context,
         learning_rate=lambda step: learning_rate(step, config.run.steps, config.optimizer),
         flops_per_token=training_flops_per_token(plan),
-        peak_flops=peak * batch.ranks if peak else None,
+        peak_flops=peak * torch.distributed.get_world_size() if peak else None,
         pending=_pending(prepared, first),
+        skipped_batches=counters.get("skipped_batches", 0),
     )
-
-    def save(step: int, counters: dict[str, float]) -> None:
-        save_checkpoint(
-            engine.deepspeed,
-            engine.parameters,
-            config.run.run_dir / "checkpoints",
-            step=step,
-            counters=counters,
-            identity=prepared.identity,
-            keep=config.interval.keep_checkpoints or None,
-        )
-
+    health = Health(config.health, counters.get("health"))
     recorder = _on_rank_0(lambda: _start_record(directory, prepared, course, engine.device))
+    saver = Saver(
+        engine.deepspeed,
+        engine.parameters,
+        config.run.run_dir / "checkpoints",
+        identity=prepared.identity,
+        retention=Retention(config.interval.keep_checkpoints, config.interval.keep_every),
+        recorder=recorder,
+        failed=counters.get("failed_saves", 0),
+    )
     trace = Trace(rank, first, batch.accumulation)
     loader = Loader(
         prepared.data.training(shape.context),
@@ -79,18 +112,32 @@ def execute(prepared: Prepared) -> None:
         global_batch=batch.sequences,
         micro_batch=batch.micro,
         ranks=batch.ranks,
-        rank=rank,
+        rank=engine.data_rank,
         vocab_size=shape.vocab_size,
-        first_step=first,
-        last_step=config.run.steps,
+        first_step=first + course.skipped_batches,
+        last_step=config.run.steps + course.skipped_batches,
         pin=engine.device.type == "cuda",
     )
-    with loader, recorder or nullcontext():
-        strict = config.evaluation.eval_strict
-        train(engine, trace.batches(iter(loader)), course, config.interval, prepared.hooks, save, recorder, strict)
-    torch.distributed.barrier()
-    engine.deepspeed.destroy()
-    torch.distributed.destroy_process_group()
+    with recorder or nullcontext(), saver, loader:
+        outcome = train(
+            engine,
+            trace.batches(iter(loader)),
+            course,
+            config.interval,
+            prepared.hooks,
+            saver.save,
+            recorder,
+            config.evaluation.eval_strict,
+            tell_saves=saver.tell,
+            health=health,
+            forensics=Forensics(config.run.run_dir, course.skipped_batches),
+        )
+        saved = saver.saved()
+        if outcome in (Outcome.ROLL_BACK, Outcome.UNHEALTHY):
+            outcome, line = rollbacks.decide(outcome is Outcome.ROLL_BACK, health, course.skipped_batches)
+            if recorder:
+                recorder.say(line)
+    return outcome if saved or isinstance(outcome, Back) else Outcome.UNSAVED
 
 
 def _on_rank_0(make: Callable[[], T]) -> T | None:
@@ -110,8 +157,8 @@ def _on_rank_0(make: Callable[[], T]) -> T | None:
     return made
 
 
-def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]:
-    """Load what was asked for; the step to go on from, and the counters at that step.
+def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, Any], Path | None]:
+    """Load what was asked for; the step to go on from, the counters at that step and the checkpoint it is.
 
     Every rank loads what rank 0 found: on a shared disk a listing can be older on one machine than on another.
     """
@@ -122,9 +169,14 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, float]]
         copy = copy_exported if is_folder(weights) else copy_parameters
         copy(engine.deepspeed, engine.parameters, weights)
     if not resume:
-        return 0, {}
-    state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
-    return state.step, state.counters
+        return 0, {}, None
+    if prepared.config.run.resume == "auto":
+        state, resume, damaged = load_newest(engine.deepspeed, engine.parameters, resume)
+        for problem in damaged if torch.distributed.get_rank() == 0 else ():
+            print(f"warning: {problem}; going on from {resume.name}", file=sys.stderr, flush=True)
+    else:
+        state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
+    return state.step, state.counters, resume
 
 
 def _pending(prepared: Prepared, first: int) -> set[str]:
@@ -161,6 +213,9 @@ def _announce(recorder: Recorder, prepared: Prepared, course: Course) -> None:
         f"engine    ZeRO {ds.stage}, {ds.engine['optimizer']['type']}, products in {ds.autocast_dtype or 'float32'}, "
         f"{torch.get_num_threads()} threads per rank"
     )
+    if (stages := prepared.config.execution.pipeline_stages) > 1:
+        for line in describe_stages(plan, stages):
+            recorder.say(f"pipeline  {line}")
     for line in prepared.data.describe(batch.sequences * course.steps, plan.shape.context):
         recorder.say(f"data      {line}")
     for change in prepared.changes:

@@ -111,6 +111,8 @@ def flip(file: Path, at: int = -1, mask: int = 1) -> None:
         ("rank_00001.safetensors", cut, "rank_00001.safetensors: .* bytes"),
         ("rank_00001.safetensors", Path.unlink, "rank_00001.safetensors: the file is missing"),
         ("checkpoint.json", Path.unlink, "checkpoint.json: the file is missing"),
+        ("checkpoint.json", cut, "checkpoint.json: .* bytes"),
+        ("checkpoint.json", flip, "checkpoint.json: the SHA-256"),
         ("complete.json", Path.unlink, "complete.json: the file is missing"),
         ("complete.json", cut, "complete.json: it is not JSON"),
     ],
@@ -125,7 +127,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_an_error_when_named(tmp_pat
     assert find_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors"])
 def test_other_bytes_than_were_written_are_found_by_reading_not_by_finding(tmp_path, name):
     path = write(tmp_path / "checkpoints" / "step_00000005", HALVES)
     flip(path / name)
@@ -189,7 +191,7 @@ def test_runs_that_the_metadata_do_not_say_are_an_error_naming_the_file(tmp_path
 
 def test_a_rank_that_the_header_counts_and_no_file_holds_is_an_error_naming_the_file(tmp_path):
     path = write(tmp_path / "step_00000005", HALVES, world_size=3)
-    with pytest.raises(UserError, match="rank_00002.safetensors: it is missing"):
+    with pytest.raises(UserError, match="rank_00002.safetensors: missing"):
         read_parameters(path)
 
 
