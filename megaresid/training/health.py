@@ -13,8 +13,6 @@ LEAST_DEVIATION_OF_LOSS = 0.05
 """Nats. A loss moves so much between steps of the steadiest run when one batch is harder than another."""
 LEAST_DEVIATION_OF_NORM = 0.25
 """Of the logarithm: a quarter up or down. Clipping is there for what is a few times larger than usual."""
-ROLLBACKS = 3
-"""To one checkpoint; where other batches end in the same place that often, the fault is not in the batches."""
 
 
 @dataclass(frozen=True)
