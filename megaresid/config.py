@@ -133,6 +133,9 @@ class ExecutionOptions(Section):
     """Keep only each layer's input for the backward pass and recompute the rest."""
     compile: bool = False
     """torch.compile of the whole model (ZeRO 0 to 2)."""
+    hang_timeout: float = 1200.0
+    """Seconds without progress on a rank (a forward, a step, a save), after which the run ends and names the rank that
+    the others wait for; four times as many until the first step is made. 0 for never."""
     pipeline_stages: int = 1
     """Cut the layers into so many stages, one rank each (ZeRO 0 or 1); they must divide the ranks."""
 
@@ -358,7 +361,7 @@ def _check(config: RunConfig) -> None:
     at_least_one += ("pipeline_stages",)
     at_least_one += ("spike_threshold", "spike_window", "max_bad_steps")
     not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "seed", "clip")
-    not_negative += ("learning_rate", "min_learning_rate", "weight_decay")
+    not_negative += ("learning_rate", "min_learning_rate", "weight_decay", "hang_timeout")
     for key in at_least_one + not_negative:
         least = int(key in at_least_one)
         if values[key] is not None and not values[key] >= least:

@@ -155,7 +155,7 @@ def train(
             if stopping:
                 if not saved:
                     save(done, counters)
-                say(f"stopped by a signal at step {done} and saved: go on with --resume auto")
+                say(f"stopped by a signal at step {done}, which is saved: go on with --resume auto")
                 return Outcome.STOPPED
     return Outcome.FINISHED
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from importlib import metadata
@@ -15,6 +16,8 @@ from megaresid.errors import UserError
 
 SCHEMA = 1
 LOCK = ".lock"
+HEARTBEATS = ".heartbeats"
+"""Of the ranks, while they run."""
 PACKAGES = (
     *("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "fla-core"),
     *("numpy", "tiktoken", "tensorboard"),
@@ -25,8 +28,8 @@ def check_usable(path: Path, resuming: bool) -> None:
     """Raises UserError when ``path`` holds something that a new run would overwrite. Writes nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file: name a folder")
-    # A lock alone is what a start leaves that failed before anything was written.
-    if path.exists() and any(file.name != LOCK for file in path.iterdir()):
+    # These alone are what a start leaves that failed before anything was written.
+    if path.exists() and any(file.name not in (LOCK, HEARTBEATS) for file in path.iterdir()):
         if not resuming:
             raise UserError(f"--run-dir {path} is in use: choose another, or go on with it by --resume auto")
         if not (path / "config.json").is_file():
@@ -44,6 +47,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--run-dir {path} is in use by another process: wait for it, or choose another") from None
+        shutil.rmtree(path / HEARTBEATS, ignore_errors=True)
 
     def write(self, name: str, tree: dict[str, Any]) -> None:
         """Write ``name`` (a JSON file) whole or not at all."""

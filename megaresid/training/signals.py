@@ -5,6 +5,8 @@ A signal reaches one rank or some, at any moment; the ranks agree on it between 
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 from megaresid.training.supervisor import is_supervised
@@ -17,19 +19,25 @@ class Wish(IntEnum):
 
 
 class Wishes:
-    """What this rank's signals have asked for since ``listen``."""
+    """What this rank's signals have asked for."""
 
     def __init__(self):
         self._save = self._stop = False
 
-    def listen(self) -> None:
-        """Take the signals of this process. Called in its main thread, once.
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals of this process while the block runs, in its main thread.
 
         Where nobody supervises the rank, the second SIGTERM or SIGINT ends it at once, with 128 + its number. Under
         ``launch/train.sh`` that is the supervisor's part: a launcher sends SIGTERM to the others when one rank leaves.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, _) -> None:
         if number == signal.SIGUSR1:

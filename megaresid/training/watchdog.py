@@ -9,7 +9,6 @@ has counted less than another, else one that is not in a collective while anothe
 
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megaresid.exit_codes import FAULT
+from megaresid.training.run_dir import HEARTBEATS
 from megaresid.training.supervisor import Report
 
 T = TypeVar("T")
-FOLDER = ".heartbeats"
 FIRST_STEP = 4
 """How many times the patience a rank has until its first step is made: compilation, the evaluation before it."""
 PARTS = 10
@@ -33,19 +32,13 @@ COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{
 LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", f"{os.sep}lib{os.sep}python")
 
 
-def clear(run: Path) -> None:
-    """Forget the ranks of an earlier start. Rank 0 calls it before any rank makes its Watchdog."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
-
-
 class Watchdog:
-    """One on every rank, made in its main thread. ``patience`` in seconds; at 0 it only tells the supervisor the steps.
-
-    Use as a context manager.
+    """One on every rank, made in its main thread when rank 0 has made the run directory. ``patience`` is in seconds; at
+    0 it only tells the supervisor the steps. Use as a context manager.
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, patience: float, report: Report):
-        self._folder, self._rank, self._ranks = run / FOLDER, rank, ranks
+        self._folder, self._rank, self._ranks = run / HEARTBEATS, rank, ranks
         self._patience, self._report = patience, report
         self._beats, self._doing, self._step, self._first = 0, "starting", None, True
         self._main = threading.get_ident()
