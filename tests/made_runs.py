@@ -7,7 +7,17 @@ from small_models import move_away
 
 from megaresid.config import RunConfig, from_flat
 from megaresid.model.gpt import GPT, build, canonical_parameters, set_step
-from megaresid.training.checkpoint_format import Header, Marker, rank_file, step_dir, write_record, write_tensors
+from megaresid.training.checkpoint_format import (
+    FileRecord,
+    Header,
+    Marker,
+    fill,
+    layout_of,
+    rank_file,
+    step_dir,
+    write_elements,
+    write_record,
+)
 from megaresid.training.run_dir import write_json
 
 SIZES = {"model": "tiny", "layers": 2, "heads": 2, "width": 16, "context": 12}
@@ -59,6 +69,14 @@ def made_run(
     records["checkpoint.json"] = write_record(folder / "checkpoint.json", header)
     write_record(folder / "complete.json", Marker(files=records))
     return model
+
+
+def write_tensors(path: Path, tensors: dict, runs: dict) -> FileRecord:
+    """A rank's file, of flat tensors by (kind, name)."""
+    layout = layout_of(tensors, runs)
+    elements = torch.empty(layout.size, dtype=torch.uint8)
+    fill(elements, layout, tensors)
+    return write_elements(path, layout, elements)
 
 
 def same_parameters(model: GPT, other: GPT) -> bool:

@@ -136,6 +136,13 @@ def layout_of(tensors: Mapping[tuple[str, str], Tensor], runs: Mapping[str, tupl
     return Layout(len(text).to_bytes(8, "little") + text, places, end)
 
 
+def fill(elements: Tensor, layout: Layout, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    """Copy flat tensors to their places in ``elements``, uint8 [layout.size]. From a GPU into pinned memory the copies
+    are complete once the current stream is."""
+    for key, begin, end in layout.places:
+        elements[begin:end].view(tensors[key].dtype).copy_(tensors[key], non_blocking=True)
+
+
 def write_elements(path: Path, layout: Layout, elements: Tensor) -> FileRecord:
     """Write a rank's file to disk; ``elements`` uint8 [layout.size], on the CPU."""
     data = memoryview(elements.numpy())

@@ -131,7 +131,7 @@ class Saver:
             self._saved = True
         except Exception as error:
             self._failed += 1
-            self._news.put(f"{step_dir(self._step)} was not saved, the next checkpoint is tried when it is due: {error}")
+            self._news.put(f"checkpoint {self._step} was not saved, the next one is tried when it is due: {error}")
             return
         try:
             remove_outdated(self._ranks, self._folder, self._retention)

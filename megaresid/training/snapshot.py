@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaresid.training.checkpoint_format import Layout, layout_of
+from megaresid.training.checkpoint_format import Layout, fill, layout_of
 from megaresid.training.zero_state import live_state
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -68,8 +68,7 @@ def take_snapshot(
     on_gpu = any(tensor.is_cuda for tensor in tensors.values())
     if buffer is None or buffer.numel() != layout.size:
         buffer = torch.empty(layout.size, dtype=torch.uint8, pin_memory=on_gpu)
-    for key, begin, end in layout.places:
-        buffer[begin:end].view(tensors[key].dtype).copy_(tensors[key], non_blocking=True)
+    fill(buffer, layout, tensors)
     if on_gpu:
         torch.cuda.synchronize()
     return Snapshot(
