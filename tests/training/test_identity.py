@@ -134,7 +134,18 @@ def workplace(tmp_path):
     """Two data sets of one tokenizer, one of another, and a DeepSpeed JSON."""
     rows = [json.dumps({"text": f"The {n}th of some lines, which are all alike. " * 20}) for n in range(9)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
-    data_prep(["--source", "jsonl", "--input", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "data")])
+    data_prep(
+        [
+            "--source",
+            "jsonl",
+            "--input",
+            str(tmp_path / "text.jsonl"),
+            "--out",
+            str(tmp_path / "data"),
+            "--validation-fraction",
+            "0.3",
+        ]
+    )
     for name, (part, key, value) in {
         "other": ("source", "revision", "another"),
         "words": ("tokenizer", "sha256", "9" * 64),
@@ -148,9 +159,9 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def prepared(workplace: Path, *options: str):
+def prepared(workplace: Path, *options: str, data: str = "data"):
     sizes = [str(part) for key, value in SIZES.items() for part in (f"--{key}", value)]
-    given = ["--data", str(workplace / "data"), "--run-dir", str(workplace / "run"), "--eval", ""]
+    given = ["--data", str(workplace / data), "--run-dir", str(workplace / "run"), "--eval", ""]
     given += ["--deepspeed_config", str(workplace / "ds.json"), "--steps", "9", "--global-batch-size", "8"]
     return prepare(parse([*given, *sizes, *options]))
 
@@ -163,23 +174,22 @@ def test_a_run_is_prepared_with_what_was_allowed_and_its_history(workplace):
     assert prepared(workplace, *resume).identity == start.identity
 
     with pytest.raises(UserError) as caught:
-        prepared(workplace, *resume, "--data", str(workplace / "other"))
+        prepared(workplace, *resume, data="other")
     assert "its data is" in str(caught.value) and "tokenizer" not in str(caught.value)
     with pytest.raises(UserError, match="its data is .*; its tokenizer is .*, this run's is 999999999999"):
-        prepared(workplace, *resume, "--data", str(workplace / "words"), "--allow-other", "data")
+        prepared(workplace, *resume, "--allow-other", "data", data="words")
     with pytest.raises(UserError, match="its spec is .*no option allows it, for the parameters are others"):
         prepared(workplace, *resume, "--layers", "3", "--allow-other", "spec")
     with pytest.raises(UserError, match="--residual 'vanilla' there, 'layer_scale' here.*no option allows it"):
         prepared(workplace, *resume, "--residual", "layer_scale", "--allow-other", "spec")
 
-    other = ("--data", str(workplace / "other"), "--seed", "7")
-    allowed = prepared(workplace, *resume, *other, "--allow-other", "seed,data")
+    allowed = prepared(workplace, *resume, "--seed", "7", "--allow-other", "seed,data", data="other")
     assert allowed.identity["seed"] == 7 and allowed.identity["data"] != start.identity["data"]
     assert [(c["step"], c["key"], c["was"], c["now"]) for c in allowed.identity["history"]] == [
         (5, "data", start.identity["data"], allowed.identity["data"]),
         (5, "seed", 42, 7),
     ]
     made_run(workplace / "newer", step=6, identity=allowed.identity)
-    again = prepared(workplace, "--resume", str(workplace / "newer"), *other)
+    again = prepared(workplace, "--resume", str(workplace / "newer"), "--seed", "7", data="other")
     assert again.identity == allowed.identity
     assert prepared(workplace, *resume, "--activation", "gelu", "--allow-other", "spec").changes[0].key == "spec"
