@@ -7,24 +7,22 @@ one that is zero.
 import functools
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from small_models import SHAPE, Case, model_of, move_away
 
 from megaresid.config import RunConfig, from_flat
 from megaresid.model.gpt import GPT, canonical_parameters, canonical_rules, layer_specs, set_step
-from megaresid.model.pipeline import pipeline_module
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
 from megaresid.training.checkpoint import load_checkpoint, read_parameters, save_checkpoint
 from megaresid.training.ds_config import plan_batch, resolve
 from megaresid.training.engine import Engine
-from megaresid.training.optimizer import parameter_groups
+from megaresid.training.pipeline_engine import PipelineEngine
 
 STEPS, STOP, GLOBAL_BATCH, DECAY = 5, 2, 4, 0.1
 SGD = {"type": "SGD", "params": {"momentum": 0.9}}
@@ -55,11 +53,11 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(SHAPE.vocab_size, (GLOBAL_BATCH, SHAPE.context + 1), generator=generator)
 
 
-def micro_batches(rows: slice, first: int):
-    """Those ``rows`` of every step's batch, from step ``first`` on."""
+def micro_batches(rows: slice, first: int, micro: int = GLOBAL_BATCH):
+    """Those ``rows`` of every step's batch, ``micro`` at once at most, from step ``first`` on."""
     for step in range(first, STEPS):
-        idx = tokens(step)[rows]
-        yield idx[:, :-1], idx[:, 1:]
+        for idx in tokens(step)[rows].split(micro):
+            yield idx[:, :-1], idx[:, 1:]
 
 
 @functools.cache
@@ -121,9 +119,8 @@ def start_engine(
 
 def run_steps(engine: Engine, case: Case, first: int, last: int) -> Course:
     """(This rank's loss, gradient norm) of steps [first, last)."""
-    share = GLOBAL_BATCH // dist.get_world_size()
-    rank, course = dist.get_rank(), []
-    source = micro_batches(slice(share * rank, share * (rank + 1)), first)
+    share, rank, course = GLOBAL_BATCH // engine.batch.ranks, engine.data_rank, []
+    source = micro_batches(slice(share * rank, share * (rank + 1)), first, engine.batch.micro)
     for step in range(first, last):
         engine.set_step(case.step + step)
         result = engine.train_step(source, case.rate)
@@ -174,46 +171,20 @@ def assert_resumes_bitwise(of_ranks) -> None:
             assert torch.equal(parameter, resumed_end[name]), name
 
 
-def stage_norm(parameters: dict[str, torch.nn.Parameter]) -> float:
-    """The norm of the whole model's gradient, from what each stage has; the tied matrix counts once."""
-    first = dist.get_rank() == 0
-    mine = [p.grad for name, p in parameters.items() if p.grad is not None and (first or name != "embed.tokens.weight")]
-    square = torch.nn.utils.get_total_norm(mine).square()
-    dist.all_reduce(square)
-    return square.sqrt().item()
-
-
 def train_in_two_stages(case: Case, cut: int) -> Course:
     """Runs on every rank, one stage each: the second begins at part ``cut`` of the model."""
-    plan, config = ModelPlan(shape_of(case), case.attention, case.residual), configuration(case)
-    # DeepSpeed remembers a pipeline's ranks for every later engine of the process.
-    with mock.patch.object(groups, "mpu", None):
-        module, prefixes = pipeline_module(plan, stages=2, seed=0, bounds=[0, cut, len(layer_specs(plan))])
-        parameters = canonical_parameters(module, prefixes)
-        move_away(parameters, case.away, SHAPE.vocab_size)
-        rules = canonical_rules(module, prefixes, plan)
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=parameter_groups(parameters, rules, config.optimizer),
-            config={
-                "train_batch_size": GLOBAL_BATCH,
-                "train_micro_batch_size_per_gpu": 2,
-                "gradient_accumulation_steps": GLOBAL_BATCH // 2,
-                "optimizer": {"type": "SGD", "params": {"momentum": 0.9, "lr": case.rate}},
-                "gradient_clipping": 0.0,
-                "zero_optimization": {"stage": 0},
-                "steps_per_print": None,
-            },
-        )
-        norms = []
-        engine.optimizer.register_step_pre_hook(lambda *_: norms.append(stage_norm(parameters)))
-        losses = []
-        for step in range(STEPS):
-            set_step(module, case.step + step)
-            pairs = [(rows[:, :-1], rows[:, 1:]) for rows in tokens(step).split(2)]
-            losses.append(engine.train_batch(iter(pairs)).item())
-        engine.destroy()
-    return list(zip(losses, norms, strict=True))
+    plan = ModelPlan(shape_of(case), case.attention, case.residual)
+    config = configuration(case, pipeline_stages=2, seed=0)
+    batch = plan_batch(config, 1)
+    bounds = [0, cut, len(layer_specs(plan))]
+    with TemporaryDirectory() as folder, mock.patch("megaresid.model.pipeline.stage_bounds", lambda *_: bounds):
+        path = Path(folder) / "deepspeed.json"
+        path.write_text(json.dumps({"optimizer": SGD}))
+        engine = PipelineEngine(plan, config, resolve(path, config, batch), batch)
+    move_away(engine.parameters, case.away, SHAPE.vocab_size)
+    course = run_steps(engine, case, 0, STEPS)
+    engine.deepspeed.destroy()
+    return course
 
 
 def assert_pipeline_trains(case: Case, cut: int, ranks) -> None:

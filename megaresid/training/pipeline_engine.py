@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.utils import groups
 
 from megaresid.config import RunConfig
 from megaresid.evaluation.loaded import check_length
@@ -44,7 +45,7 @@ class Schedule(deepspeed_pipe.PipelineEngine):
 
     ask: Callable[[torch.Tensor], bool]
 
-    def __init__(self, module: PipelineModule, groups: list[dict], tree: dict[str, Any], clip: float):
+    def __init__(self, module: PipelineModule, parameters: list[dict], tree: dict[str, Any], clip: float):
         self._unsharded = tree["zero_optimization"]["stage"] == 0
         if self._unsharded:
             # By the whole model's norm, in ``_exec_optimizer_step``: theirs is of the first stage alone.
@@ -53,7 +54,7 @@ class Schedule(deepspeed_pipe.PipelineEngine):
         settings = Settings(tree, grid)
         set_optimizer_flags(settings, module)
         super().__init__(
-            args=None, model=module, model_parameters=groups, mpu=grid, config=tree, config_class=settings
+            args=None, model=module, model_parameters=parameters, mpu=grid, config=tree, config_class=settings
         )
         self._clip = clip
         if module.loss_fn is not None:
@@ -125,6 +126,10 @@ class Schedule(deepspeed_pipe.PipelineEngine):
         deepspeed_pipe.schedule.BackwardPass: _exec_backward_pass,
     }
 
+    def destroy(self) -> None:
+        super().destroy()
+        groups.mpu = None  # or the pipeline's ranks would be those of every later engine of the process
+
     def send(self, tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         """To the next stage, in evaluation: any shapes."""
         self._send_tensor_meta(tensors, self.next_stage)
@@ -153,10 +158,10 @@ class PipelineEngine:
         with torch.device("meta"):
             whole = GPT(plan)  # a text may match parameters of other stages alone
         rules = overridden(canonical_rules(whole, whole.prefixes, plan), config.optimizer.parameter_rules)
-        groups = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
+        grouped = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
         self.device = torch.device(get_accelerator().current_device_name())
         self.set_step = functools.partial(set_step, module)
-        self.deepspeed = Schedule(module, groups, ds_config.engine, config.optimizer.clip)
+        self.deepspeed = Schedule(module, grouped, ds_config.engine, config.optimizer.clip)
         self.micro_losses: list[torch.Tensor] = []
         self.batch = batch
         self.stage = ds_config.stage
@@ -179,12 +184,12 @@ class PipelineEngine:
 
         def ask(norm: torch.Tensor) -> bool:
             nonlocal judged
+            self.micro_losses = [loss.float() for loss in engine.fwd_outputs]
             judged = self._over_ranks(norm)
             return accepts(*judged)
 
         engine.ask = ask
         engine.train_batch(iter(micro_batches))
-        self.micro_losses = [loss.float() for loss in engine.fwd_outputs]
         mean_loss, norm = judged
         return StepResult(engine.dp_group_loss, norm, engine.skipped_steps > skipped_before, mean_loss)
 

@@ -10,8 +10,9 @@ import torch.distributed
 from megaresid.config import RunConfig, from_flat
 from megaresid.data.sampler import sample_indices
 from megaresid.model.plan import ModelPlan
-from megaresid.training.ds_config import plan_batch, resolve
+from megaresid.training.ds_config import data_parallel_ranks, plan_batch, resolve
 from megaresid.training.engine import Engine
+from megaresid.training.pipeline_engine import PipelineEngine
 
 STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 300
 ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
@@ -51,8 +52,9 @@ def micro_batches(
 
 
 def start_engine(config: RunConfig, tree: dict, folder: str) -> Engine:
-    """An engine on every rank of the group for a DeepSpeed JSON given as a tree."""
+    """An engine on every rank of the group, or its part of a pipeline, for a DeepSpeed JSON given as a tree."""
     path = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
     path.write_text(json.dumps(tree))
-    batch = plan_batch(config, torch.distributed.get_world_size())
-    return Engine(plan_of(config), config, resolve(path, config, batch), batch)
+    batch = plan_batch(config, data_parallel_ranks(config, torch.distributed.get_world_size()))
+    make_engine = PipelineEngine if config.execution.pipeline_stages > 1 else Engine
+    return make_engine(plan_of(config), config, resolve(path, config, batch), batch)
