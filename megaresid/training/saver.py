@@ -101,6 +101,8 @@ class Saver:
         if not self._saved:
             self._start(self._step)
             self.finish()
+        if not self._saved:
+            self._news.put(f"error: the weights of step {self._step} are not saved; make room in {self._folder}")
         return self._saved
 
     def tell(self, step: int) -> None:

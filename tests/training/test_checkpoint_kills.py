@@ -191,8 +191,8 @@ def _save_in_child(folder, step, rank, ranks, ends, fault, retention):
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory) -> dict[int, Path]:
-    """By the number of ranks, a run with checkpoints of steps 1 and 2, a damaged one of step 3, and what a save that was
-    killed has left."""
+    """By the number of ranks, a run with checkpoints of steps 1 and 2, a damaged one of step 3, and what a save that
+    was killed has left."""
     runs = {}
     for ranks in (1, 2):
         run = tmp_path_factory.mktemp("before") / "run"
