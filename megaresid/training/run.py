@@ -37,32 +37,47 @@ from megaresid.training.rollback import Back, Rollbacks
 from megaresid.training.run_dir import RunDirectory, environment, read_metrics
 from megaresid.training.saver import Saver
 from megaresid.training.schedule import learning_rate
+from megaresid.training.signals import Wishes
+from megaresid.training.supervisor import Report
 from megaresid.training.trace import Trace
+from megaresid.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
 
-def execute(prepared: Prepared) -> Outcome:
+def execute(prepared: Prepared, wishes: Wishes, report: Report) -> Outcome:
     """Join the ranks, build, restore if asked, train; how it ended. Called by every rank."""
-    config, plan, batch = prepared.config, prepared.plan, prepared.batch
     compiled_ops.remove_stale_locks(compiled_ops.use_environment_folder())
     start_process_group()
+    run_dir, patience = prepared.config.run.run_dir, prepared.config.execution.hang_timeout
+    directory = _on_rank_0(lambda: RunDirectory(run_dir))
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with Watchdog(run_dir, rank, ranks, patience, report) as watchdog:
+        outcome = _carry_out(prepared, directory, wishes, watchdog)
+    torch.distributed.destroy_process_group()
+    return outcome
+
+
+def _carry_out(
+    prepared: Prepared, directory: RunDirectory | None, wishes: Wishes, watchdog: Watchdog
+) -> Outcome:
+    """Build, restore if asked, train, and go back and train again where that is due."""
+    config, plan, batch = prepared.config, prepared.plan, prepared.batch
     rank = torch.distributed.get_rank()
-    directory = _on_rank_0(lambda: RunDirectory(config.run.run_dir))
     make_engine = PipelineEngine if config.execution.pipeline_stages > 1 else Engine
     engine = make_engine(plan, config, prepared.ds_config, batch)
+    watchdog.follow(engine)
     torch.manual_seed(derived_seed(config.run.seed, f"dropout of rank {rank}"))
     first, counters, resumed = _restore(engine, prepared)
     prepared = dataclasses.replace(prepared, resume=resumed)
     rollbacks = Rollbacks(config.run.run_dir)
-    outcome = _train(engine, prepared, directory, first, counters, rollbacks)
+    outcome = _train(engine, prepared, directory, first, counters, rollbacks, wishes, watchdog)
     while isinstance(outcome, Back):
         state = load_checkpoint(engine.deepspeed, engine.parameters, outcome.checkpoint)
         counters = state.counters | {"skipped_batches": outcome.skipped_batches}
-        outcome = _train(engine, prepared, directory, state.step, counters, rollbacks)
+        outcome = _train(engine, prepared, directory, state.step, counters, rollbacks, wishes, watchdog)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
-    torch.distributed.destroy_process_group()
     return outcome
 
 
@@ -73,6 +88,8 @@ def _train(
     first: int,
     counters: dict[str, Any],
     rollbacks: Rollbacks,
+    wishes: Wishes,
+    watchdog: Watchdog,
 ) -> Outcome | Back:
     """From step ``first``, whose state the engine has and whose counters these are, to the end, or to where the run
     ends before or goes back."""
@@ -121,23 +138,24 @@ def _train(
     with recorder or nullcontext(), saver, loader:
         outcome = train(
             engine,
-            trace.batches(iter(loader)),
+            watchdog.each(trace.batches(iter(loader))),
             course,
             config.interval,
             prepared.hooks,
-            saver.save,
+            watchdog.followed(saver.save, "saving"),
             recorder,
             config.evaluation.eval_strict,
             tell_saves=saver.tell,
             health=health,
             forensics=Forensics(config.run.run_dir, course.skipped_batches),
+            wishes=wishes,
         )
-        saved = saver.saved()
+        saved = watchdog.followed(saver.saved, "saving")()
         if outcome in (Outcome.ROLL_BACK, Outcome.UNHEALTHY):
             outcome, line = rollbacks.decide(outcome is Outcome.ROLL_BACK, health, course.skipped_batches)
             if recorder:
                 recorder.say(line)
-    return outcome if saved or isinstance(outcome, Back) else Outcome.UNSAVED
+    return outcome if saved or outcome not in (Outcome.FINISHED, Outcome.STOPPED) else Outcome.UNSAVED
 
 
 def _on_rank_0(make: Callable[[], T]) -> T | None:

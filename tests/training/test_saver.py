@@ -1,4 +1,4 @@
-"""Saving in the background: what is saved is the state of then, training goes on, and a save that fails ends nothing."""
+"""Saving in the background: what is saved is the state of then, training goes on, and failed saves end nothing."""
 
 import resource
 import shutil
