@@ -9,4 +9,6 @@ STOPPED = 75
 UNHEALTHY = 76
 """Stopped by the health guard: too many bad steps in a row."""
 
+AGREED = frozenset({STOPPED, UNHEALTHY})
+"""What all ranks decide together."""
 NOT_MENDED_BY_A_RESTART = frozenset({FINISHED, USERS_MISTAKE, STOPPED, UNHEALTHY})

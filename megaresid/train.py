@@ -9,7 +9,7 @@ from megaresid.config import parse
 from megaresid.errors import exits_with_user_errors
 from megaresid.training.compiled_ops import use_environment_folder
 from megaresid.training.signals import Wishes
-from megaresid.training.supervisor import Report, die_with_launcher
+from megaresid.training.supervisor import Report, die_with_launcher, is_supervised
 
 
 @exits_with_user_errors
@@ -21,8 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
         report = Report()
         with report.of_the_end():
             code = _train(sys.argv[1:] if arguments is None else arguments, wishes, report)
-            if code != exit_codes.FINISHED:
-                sys.exit(code)
+        report.ends(code)
+        # What all ranks agreed on the supervisor knows from them; to a launcher, a code would be a failure to tell of.
+        if code not in (exit_codes.FINISHED, *(exit_codes.AGREED if is_supervised() else ())):
+            sys.exit(code)
 
 
 def _train(arguments: list[str], wishes: Wishes, report: Report) -> int:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megaresid.errors import UserError
-from megaresid.exit_codes import FAULT, FINISHED, USERS_MISTAKE
+from megaresid.exit_codes import FAULT, USERS_MISTAKE
 
 FOLDER = "MEGARESID_SUPERVISOR"
 LOCK = "alive"
@@ -55,14 +55,13 @@ class Report:
 
     @contextmanager
     def of_the_end(self) -> Iterator[None]:
-        """Tell the code that the block's end will become."""
+        """Tell the code of an error that ends the block."""
         try:
             yield
         except BaseException as error:
             code = error.code if isinstance(error, SystemExit) else FAULT
             self.ends(USERS_MISTAKE if isinstance(error, UserError) else code if isinstance(code, int) else FAULT)
             raise
-        self.ends(FINISHED)
 
     def _write(self) -> None:
         if self._file is not None:
