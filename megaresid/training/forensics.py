@@ -38,7 +38,7 @@ class Forensics:
 
     def begin(self) -> None:
         """Before a step: note the generators, which its dropout draws from."""
-        self._generators = _generators()
+        self._generators = generator_states()
 
     def keep(self, engine, step: int, learning_rate: float, loss: float, norm: float, health) -> str | None:
         """Write what is known of the bad step ``step`` (numbered from 1, as in the metrics) while its gradients are
@@ -53,13 +53,15 @@ class Forensics:
         mine = {
             "losses": [_number(loss.item()) for loss in engine.micro_losses],
             "samples": [sample_indices(number, a, rank, **sizes).tolist() for a in range(batch.accumulation)],
-            "generators": {device: _text(state) for device, state in self._generators.items()},
+            "generators": generator_texts(self._generators),
         }
         norms = parameter_and_gradient_norms(engine.deepspeed, engine.parameters)
-        of_ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, mine)
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (rank, mine))
         if dist.get_rank() != 0:
             return None
+        # Of a pipeline's stages, which have the same samples, the last one has the losses.
+        of_ranks = dict(sorted(gathered, key=lambda one: (one[0], len(one[1]["losses"]))))
         verdict = health.verdict
         tree = {
             "schema": SCHEMA,
@@ -74,7 +76,7 @@ class Forensics:
             "skipped_in_a_row": health.bad_in_a_row,
             "learning_rate": learning_rate,
             "skipped_batches": self._skipped,
-            "ranks": of_ranks,
+            "ranks": list(of_ranks.values()),
             "not_finite": [name for name, pair in norms.items() if not all(map(math.isfinite, pair))],
             "layers": {layer: _named(pair) for layer, pair in by_layer(norms).items()},
             "parameters": {name: _named(pair) for name, pair in norms.items()},
@@ -178,6 +180,19 @@ def by_layer(norms: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float,
     return {layer: (math.sqrt(a), math.sqrt(b)) for layer, (a, b) in squares.items()}
 
 
+def generator_states() -> dict[str, Tensor]:
+    """Of this process, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def generator_texts(states: Mapping[str, Tensor]) -> dict[str, str]:
+    """For JSON, as a checkpoint has them too: base64."""
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
 def set_generators(texts: Mapping[str, str]) -> None:
     """Set this process's generators to those kept of a rank."""
     for device, text in texts.items():
@@ -186,17 +201,6 @@ def set_generators(texts: Mapping[str, str]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
-
-
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _text(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
 
 
 def _square(run: Tensor) -> float:

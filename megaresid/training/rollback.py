@@ -1,12 +1,13 @@
 """Going back: to which checkpoint a run that has gone wrong returns, and past which batches."""
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megaresid.training.checkpoint_format import FOLDER, SavedState, checkpoints_in
+from megaresid.training.checkpoint_format import ASIDE, FOLDER, SavedState, checkpoints_in
 from megaresid.training.health import Health
 from megaresid.training.loop import Outcome
 
@@ -47,6 +48,8 @@ class Rollbacks:
         step = int(last.name.removeprefix("step_")) if last else 0
         if wanted and last and self._made[step] < AT_MOST:
             self._made[step] += 1
+            if dist.get_rank() == 0:
+                _remove_newer(self._checkpoints, last)
             back = Back(last, step, skipped_batches + verdict.step - step)
             return back, f"{what}: going back to {last.name}, and past the batches of {verdict.step - step} steps"
         tried = f" after going back to it {AT_MOST} times" if wanted and last else ""
@@ -61,3 +64,11 @@ def newest_healthy(checkpoints: Path) -> Path | None:
             if not saved.header.counters.get("health", {}).get("bad_in_a_row"):
                 return path
     return None
+
+
+def _remove_newer(checkpoints: Path, last: Path) -> None:
+    """Remove the checkpoints that were saved between skipped updates: their steps come again."""
+    for path in checkpoints_in(checkpoints):
+        if path.name > last.name:
+            # Renamed first: a removal that is interrupted leaves nothing that has a checkpoint's name.
+            shutil.rmtree(path.rename(checkpoints / f"{ASIDE}old-{path.name}"), ignore_errors=True)
