@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from megaresid.errors import UserError
+from megaresid.json_text import parse_json
 
 NAME = "gpt2"
 END_OF_TEXT = 50256
@@ -99,9 +99,9 @@ def _ranks_in_folder(folder: Path, origin: str) -> Ranks:
     spelling = {chr(byte): byte for byte in spelled}
     spelling |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in spelled)}
     try:
-        vocabulary = json.loads((folder / VOCABULARY).read_bytes())
+        vocabulary = parse_json((folder / VOCABULARY).read_bytes())
         del vocabulary["<|endoftext|>"]
-        return {bytes(spelling[character] for character in token): rank for token, rank in vocabulary.items()}
+        return {bytes(spelling[character] for character in token): int(rank) for token, rank in vocabulary.items()}
     except OSError as error:
         raise UserError(f"{origin}: {VOCABULARY} in it: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from megaresid.errors import UserError, suggestion
 from megaresid.evaluation.chosen import parse as parse_entries
+from megaresid.json_text import parse_json
 from megaresid.model.presets import PRESETS, ModelShape
 from megaresid.training.identity import parse_allowed
 
@@ -229,6 +230,9 @@ GIVEN_ONCE = {
 }
 """Options that hold several values: of two of them the parser would keep the last without a word."""
 
+MOST = 2**48
+"""Of any number: their products are still counted in 64 bits, or told to be too many for the data."""
+
 SECTIONS: dict[str, str] = {
     key: section for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
 }
@@ -338,7 +342,7 @@ def _take(arguments: list[str], *names: str) -> tuple[list[str], dict[str, str |
 def read_object(path: Path, option: str) -> dict[str, Any]:
     """The object in a JSON file that ``option`` names, without its schema version; raises UserError."""
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}") from None
     except ValueError as error:
@@ -366,6 +370,9 @@ def _check(config: RunConfig) -> None:
         least = int(key in at_least_one)
         if values[key] is not None and not values[key] >= least:
             raise UserError(f"--{key.replace('_', '-')} {values[key]}: must be at least {least}")
+    for key, value in values.items():
+        if isinstance(value, int | float) and value > MOST:
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be at most {MOST:,}")
     for key in ("warmup_fraction", "decay_fraction", "dropout"):
         if not 0 <= values[key] <= 1:
             raise UserError(f"--{key.replace('_', '-')} {values[key]}: must be between 0 and 1")
@@ -381,5 +388,8 @@ def _check(config: RunConfig) -> None:
     parse_entries(config.evaluation.eval)
     if parse_allowed(config.run.allow_other) and not config.run.resume:
         raise UserError(f"--allow-other {config.run.allow_other}: only a resume can have another: give --resume too")
-    if config.run.resume and config.run.init_from:
-        raise UserError("--resume and --init-from exclude each other: resume restores the weights too")
+    if config.run.resume not in (None, "auto") and config.run.init_from:
+        raise UserError(
+            "--resume PATH and --init-from exclude each other: resume restores the weights too; --resume auto takes "
+            "--init-from until there is a checkpoint"
+        )

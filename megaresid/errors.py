@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+from megaresid.redaction import without_secrets
+
 
 class UserError(Exception):
     """A mistake that the user can mend: one line that names the key or file, the value and the mend.
@@ -38,10 +40,15 @@ def exits_with_user_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             if error.rank_local or os.environ.get("LOCAL_RANK", "0") == "0":
                 where = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
-                print(f"error: {where}{error}", file=sys.stderr, flush=True)
+                print(f"error: {where}{_one_line(without_secrets(str(error)))}", file=sys.stderr, flush=True)
             sys.exit(2)
         except BrokenPipeError:  # whoever read the output has had enough of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
     return command
+
+
+def _one_line(text: str) -> str:
+    """With what would break the line, or move a terminal's cursor, written out as Python does: a name may hold it."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

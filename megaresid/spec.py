@@ -312,11 +312,12 @@ class Registry:
 
     def users_own(self, path: str) -> Any:
         """What ``module:Class`` is, of this kind or not. Raises UserError where it cannot be imported."""
+        users_code.check_origin(path.split(":")[0])
         try:
             return _import(path)
         except (ImportError, AttributeError) as error:
             raise UserError(f"cannot import {self.kind} {path!r}: {error}; is its folder on PYTHONPATH?") from error
-        except Exception as error:  # the user's file, as it is executed
+        except (Exception, SystemExit) as error:  # the user's file, as it is executed
             raise UserError(f"cannot import {self.kind} {path!r}: {type(error).__name__}: {error}") from error
 
     def _users_class(self, path: str) -> type:

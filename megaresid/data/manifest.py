@@ -258,6 +258,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"data folder {folder}: not a data set, it has no {MANIFEST_NAME} (was data_prep interrupted?)"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a file that can be read") from None
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -265,9 +267,16 @@ def load_manifest(folder: Path) -> Manifest:
         where = ".".join(str(part) for part in problem["loc"]) or "content"
         raise UserError(f"{path}: {where}: {problem['msg']}; make the data set again with data_prep") from None
     for shard in manifest.content.shards:
-        if (folder / shard.name).resolve().parent != folder.resolve():
+        if _leads_out(folder / shard.name):
             raise UserError(f"{path}: {shard.name} is a link out of the data folder; put the file itself there")
     return manifest
+
+
+def _leads_out(path: Path) -> bool:
+    try:
+        return path.resolve().parent != path.parent.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return True
 
 
 def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:

@@ -66,6 +66,8 @@ def check_shard(path: Path, entry: ShardEntry) -> None:
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"{path}: missing, but the manifest lists it; copy it here again") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a file that can be read") from None
     tokens = parse_header(header, str(path))
     if size != entry.bytes:
         change = "cut short" if size < entry.bytes else "too long"

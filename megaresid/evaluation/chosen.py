@@ -45,7 +45,7 @@ def parse(text: str) -> list[Entry]:
         names, at, when = word.rpartition("@")
         if not at:
             raise UserError(f"--eval {word}: it does not say when: {MEND} (no blanks within an entry)")
-        if not (when == END or re.fullmatch("[0-9]+", when) and int(when) > 0):
+        if not (when == END or re.fullmatch("0*[1-9][0-9]{0,15}", when)):
             raise UserError(f"--eval {word}: {when!r} is not a number of steps from 1, nor {END!r}: {MEND}")
         entries.append(Entry(tuple(names.split(",")), None if when == END else int(when)))
     check_names([name for entry in entries for name in entry.names], "--eval")
@@ -168,7 +168,7 @@ def _users_own(path: str, option: str) -> "Measure":
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{option} {path}: cannot import it: {error}; is its folder on PYTHONPATH?") from error
-    except Exception as error:  # the user's file, as it is executed
+    except (Exception, SystemExit) as error:  # the user's file, as it is executed
         raise UserError(f"{option} {path}: cannot import it: {type(error).__name__}: {error}") from error
     try:
         inspect.signature(function).bind("engine")

@@ -27,10 +27,11 @@ from megaresid.durable import write_text
 from megaresid.errors import UserError
 from megaresid.exchange.restore import check_fit, filled
 from megaresid.exchange.weights import Weights
+from megaresid.json_text import parse_json
 from megaresid.model.gpt import GPT
 from megaresid.model.plan import ModelPlan
 from megaresid.model.presets import ModelShape
-from megaresid.users_code import mistakes_told
+from megaresid.users_code import mistakes_told, none_from
 
 DESCRIPTION = "megaresid.json"
 FORMAT = "megaresid model"
@@ -76,7 +77,7 @@ class Description(BaseModel):
         """Raises UserError where this version, or the user's modules, make another model of the layer specs."""
         try:
             shape, positions = ModelShape.model_validate(self.spec["shape"]), self.spec["positions"]
-            with mistakes_told():
+            with none_from(folder), mistakes_told():
                 plan = ModelPlan(
                     shape,
                     self.attention,
@@ -208,7 +209,7 @@ def read_description(folder: Path) -> Description:
     """Raises UserError for one that is damaged or of another version."""
     path = folder / DESCRIPTION
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_bytes())
         if isinstance(tree, dict) and tree.get("schema_version") != 1:
             raise UserError(
                 f"{path}: schema_version {tree.get('schema_version')}, and this version of megaresid reads 1: use the "

@@ -89,18 +89,19 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         refuse("vocab_size", f"its vocabulary of {GPT2_VOCABULARY}")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         refuse("n_inner", "null or 4 n_embd")
-    if (activation := config.get("activation_function", "gelu_new")) not in THEIR_ACTIVATIONS:
+    activation = config.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in THEIR_ACTIVATIONS:
         refuse("activation_function", " or ".join(THEIR_ACTIVATIONS))
     if config["n_embd"] % config["n_head"]:
         refuse("n_head", "a divisor of n_embd")
     epsilon = config.get("layer_norm_epsilon", 1e-5)
-    dropouts = {config.get(key, 0.1) for key in DROPOUTS}
-    for key, values in (("layer_norm_epsilon", {epsilon}), ("resid_pdrop", dropouts)):
+    dropouts = [config.get(key, 0.1) for key in DROPOUTS]
+    for key, values in (("layer_norm_epsilon", [epsilon]), ("resid_pdrop", dropouts)):
         if not all(isinstance(value, int | float) and 0 <= value < 1 for value in values):
             refuse(key, "numbers from 0 to 1")
     return ModelShape(
         **{ours: config[theirs] for theirs, ours in SIZES.items()},
-        dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
+        dropout=dropouts[0] if len(set(dropouts)) == 1 else 0.0,
         activation=THEIR_ACTIVATIONS[activation],
         norm_epsilon=epsilon,
     )

@@ -1,6 +1,5 @@
 """A folder of Hugging Face GPT-2 weights, or one on the Hub, read as a model of ours. Nothing is unpickled."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from megaresid.exchange.gpt2_config import shape_of
 from megaresid.exchange.gpt2_names import PREFIX, Pair, from_gpt2, our_names, our_shapes, pairs
 from megaresid.exchange.restore import check_fit, filled
 from megaresid.exchange.weights import INDEX, SINGLE, Weights
+from megaresid.json_text import parse_json
 from megaresid.model.gpt import GPT
 from megaresid.model.plan import ModelPlan
 
@@ -53,7 +53,7 @@ class GPT2Folder:
     def plan(self) -> ModelPlan:
         path = self.folder / CONFIG
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
         except ValueError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megaresid.durable import sync
 from megaresid.errors import UserError
+from megaresid.json_text import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -117,7 +118,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder}: there are no weights in it: neither {SINGLE} nor {INDEX}")
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json((folder / INDEX).read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / INDEX}: not an index of safetensors files: get a good copy") from None
     for name in names:

@@ -8,7 +8,7 @@ from megaresid.attention.kernels.self_check import routes_of
 from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, SEGMENT, Mixer, SideSpec
 from megaresid.errors import UserError
-from megaresid.model.presets import ModelShape
+from megaresid.model.presets import ModelShape, check_shape
 from megaresid.residual.stream import RESIDUALS, Opening, ResidualVariant, StateSpec
 from megaresid.spec import Component, Options, fingerprint, parse_pattern
 
@@ -31,6 +31,7 @@ class ModelPlan:
         positions: Literal["auto", "learned", "none"] = "auto",
         documents: bool = False,
     ):
+        check_shape(shape)
         if shape.width % shape.heads:
             raise UserError(f"width {shape.width} is not divisible by heads {shape.heads}: change one of them")
         self.shape, self.positions, self.documents = shape, positions, documents

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from megaresid.errors import UserError
+
 GPT2_VOCABULARY = 50_257
 GPT2_END_OF_TEXT = 50_256
 VOCABULARY_MULTIPLE = 128  # tensor cores want the embedding matrix's height in whole tiles
@@ -28,6 +30,19 @@ class ModelShape(BaseModel):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding matrix: ``vocab_size`` rounded up; the added rows are zero and never predicted."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+MOST = {"layers": 10_000, "heads": 2**16, "width": 2**20, "context": 2**24, "vocab_size": 2**24}
+"""Far above what is trained, and low enough that what is built of it is told to be too large rather than hangs."""
+
+
+def check_shape(shape: ModelShape) -> None:
+    """Raises UserError for sizes of which no model is built."""
+    for key, most in MOST.items():
+        if not 1 <= (size := getattr(shape, key)) <= most:
+            raise UserError(f"{key} {size}: a model has from 1 to {most:,}")
+    if not (0 <= shape.dropout <= 1 and 0 <= shape.norm_epsilon < 1):
+        raise UserError(f"dropout {shape.dropout}, norm_epsilon {shape.norm_epsilon}: numbers from 0 to 1")
 
 
 PRESETS = {

@@ -5,6 +5,7 @@ weight decay and betas may be ``"auto"`` or absent and then come from our option
 option is an error, since one of the two would be ignored silently.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from deepspeed.runtime.config import DeepSpeedConfig as EngineConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import logger
 from pydantic import ValidationError
 
 from megaresid.config import ExecutionOptions, RunConfig, read_object
@@ -52,6 +55,7 @@ REFUSED = {
     "checkpoint": "checkpoints are this project's own: use --checkpoint-interval",
 }
 SECTIONS = ("optimizer", "zero_optimization", "bf16", "torch_autocast", "data_types", *MONITORS)
+SECTIONS += ("aio", "comms_logger", "flops_profiler")
 AUTOCAST = ("enabled", "dtype", "lower_precision_safe_modules")
 DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
 TORCH_OPTIMIZERS = ("Adam", "AdamW", "Adagrad")  # DeepSpeed's of these names take what torch's take, and these:
@@ -158,7 +162,7 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     settle(tree, "gradient_clipping", config.optimizer.clip, "--clip")
     _settle_optimizer(path, tree, config, settle)
     zero = tree.setdefault("zero_optimization", {})
-    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
+    if type(zero.setdefault("stage", 0)) is not int or zero["stage"] not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']}: it is 0, 1, 2 or 3")
     _check_sections(path, tree, monitors)
     if tree.get("bf16", {}).get("enabled") and zero["stage"] == 0:
@@ -168,6 +172,7 @@ def resolve(path: Path, config: RunConfig, batch: Batch) -> DeepSpeedConfig:
     if config.execution.pipeline_stages > 1:
         _check_pipeline(path, tree, config.execution)
     tree.setdefault("steps_per_print", NEVER)
+    _check_whole(path, tree, monitors)
     return DeepSpeedConfig(tree, monitors)
 
 
@@ -220,9 +225,13 @@ def _check_sections(path: Path, tree: dict, monitors: dict) -> None:
             model(**content)
         except ValidationError as error:
             problem = error.errors()[0]
+            if not problem["loc"]:  # a check over several keys
+                raise UserError(f"{path}: {section}: {problem['msg']}") from None
             key, known = str(problem["loc"][0]), model.model_fields
             what = problem["msg"] if key in known else f"unknown key: {suggestion(key, known)}"
             raise UserError(f"{path}: {section}.{key}: {what}") from None
+        except Exception as error:  # its models' own code, on values that it does not expect
+            raise UserError(f"{path}: {section}: {type(error).__name__}: {error}") from None
     _only(path, "data_types", tree.get("data_types", {}), DATA_TYPES)
     autocast = tree.get("torch_autocast", {})
     _only(path, "torch_autocast", autocast, AUTOCAST)
@@ -234,6 +243,26 @@ def _check_sections(path: Path, tree: dict, monitors: dict) -> None:
     if kind in TORCH_OPTIMIZERS or kind.lower() not in DEEPSPEED_OPTIMIZERS:
         known = {*inspect.signature(getattr(torch.optim, kind)).parameters, *FUSED_ADAM} - {"params"}
         _only(path, "optimizer.params", params, known)
+    if hasattr(torch.optim, kind):
+        try:
+            own = {key: value for key, value in params.items() if key not in FUSED_ADAM}
+            getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **own)
+        except Exception as error:  # of an optimizer's own checks, or of its arithmetic on values of a wrong type
+            raise UserError(f"{path}: optimizer.params: {type(error).__name__}: {error}") from None
+
+
+def _check_whole(path: Path, tree: dict, monitors: dict) -> None:
+    """Have DeepSpeed read the whole, whose checks it would otherwise make once the ranks have started."""
+    # Of a group that is not there yet it takes one rank.
+    alone = {key: value for key, value in (tree | monitors).items() if key != "train_batch_size"}
+    enabled, logger.disabled = logger.disabled, True
+    try:
+        EngineConfig(copy.deepcopy(alone))
+    except Exception as error:  # it has asserts, pydantic's errors, and none of its own
+        what = " ".join(str(error).split())
+        raise UserError(f"{path}: DeepSpeed does not take it: {type(error).__name__}: {what}") from None
+    finally:
+        logger.disabled = enabled
 
 
 def _only(path: Path, section: str, content: dict, known: Iterable[str]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from megaresid.durable import write_text
 from megaresid.errors import UserError
+from megaresid.json_text import parse_json
+from megaresid.redaction import redacted
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -34,6 +36,17 @@ def check_usable(path: Path, resuming: bool) -> None:
             raise UserError(f"--run-dir {path} is in use: choose another, or go on with it by --resume auto")
         if not (path / "config.json").is_file():
             raise UserError(f"--run-dir {path} holds no run (no config.json): choose another folder")
+    if path.exists():
+        _check_links(path)
+
+
+def _check_links(run: Path) -> None:
+    """Nothing is written out of the run directory, whoever made what is in it."""
+    inside = run.resolve()
+    for folder, folders, files in os.walk(run):
+        for entry in (Path(folder, name) for name in (*folders, *files)):
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
+                raise UserError(f"--run-dir {run}: {entry.relative_to(run)} is a link out of it: put it there itself")
 
 
 class RunDirectory:
@@ -50,8 +63,8 @@ class RunDirectory:
         shutil.rmtree(path / HEARTBEATS, ignore_errors=True)
 
     def write(self, name: str, tree: dict[str, Any]) -> None:
-        """Write ``name`` (a JSON file) whole or not at all."""
-        write_json(self.path / name, {"schema": SCHEMA, **tree})
+        """Write ``name`` (a JSON file) whole or not at all, and without secrets."""
+        write_json(self.path / name, {"schema": SCHEMA, **redacted(tree)})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the rows of ``metrics.jsonl`` after ``step``: a resumed run writes those steps again."""
@@ -71,7 +84,7 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 def read_json(run: Path, name: str) -> dict[str, Any]:
     """A JSON file of a run directory; raises UserError when ``run`` is not one."""
     try:
-        return json.loads((run / name).read_text())
+        return parse_json((run / name).read_bytes())
     except OSError:
         raise UserError(f"{run} is not a run directory: it has no {name}") from None
     except ValueError as error:
