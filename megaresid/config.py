@@ -3,7 +3,6 @@
 Every key has one name everywhere: ``--learning-rate`` on the command line is ``learning_rate`` in the JSON.
 """
 
-import json
 import os
 import sys
 from collections import Counter

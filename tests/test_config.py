@@ -100,7 +100,7 @@ def test_the_reference_run_is_the_published_one():
         (["--dropout", "1.5"], "--dropout 1.5: must be between 0 and 1"),
         (["--betas", "0.9", "1.0"], "--betas .* below 1"),
         (["--min-learning-rate", "1"], "--min-learning-rate 1.0 is above --learning-rate 0.0003"),
-        (["--resume", "auto", "--init-from", "x"], "exclude each other"),
+        (["--resume", "y", "--init-from", "x"], "exclude each other"),
         (["--config", "missing.json"], "--config missing.json: No such file"),
         (["--config"], "--config needs a value"),
         (["--data", "e"], "--data is given twice: give all folders to one"),

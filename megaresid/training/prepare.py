@@ -90,14 +90,15 @@ def prepare(config: RunConfig) -> Prepared:
     data.check_capacity(plan.shape.context, batch.sequences)
     chosen.check_tokenizer(names, data.folders[0].manifest.content.tokenizer, data.folders[0].path)
     check_usable(run.run_dir, resuming=run.resume is not None)
+    resume = _checkpoint_to_resume(run.resume, run.run_dir)
     prepared = Prepared(
         config=config,
         plan=plan,
         batch=batch,
         ds_config=ds_config,
         data=data,
-        resume=_checkpoint_to_resume(run.resume, run.run_dir),
-        weights=_weights(run.init_from) if run.init_from else None,
+        resume=resume,
+        weights=_weights(run.init_from) if run.init_from and not resume else None,
         hooks=chosen.hooks(
             entries,
             evaluation.eval_data,

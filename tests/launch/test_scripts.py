@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_test_script_chooses_the_tier(checkout, given, received):
 
 def test_train_script_passes_arguments_and_exit_code(checkout):
     ran = run("bash", "launch/train.sh", "--module", "megaresid.train", "--run-dir", "a run", EXIT_CODE="7")
-    assert calls(checkout) == [["deepspeed", "--module", "megaresid.train", "--run-dir", "a run"]]
+    supervise = str(checkout / "launch/supervise.py")
+    assert calls(checkout) == [["python", supervise, "--module", "megaresid.train", "--run-dir", "a run"]]
     assert ran.returncode == 7
 
 
@@ -110,7 +112,7 @@ def test_gpt2_medium_needs_data_and_run_directory(checkout):
 def test_gpt2_medium_is_the_reference_run_with_the_callers_options_last(checkout):
     run("bash", "launch/gpt2_medium.sh", "my data", "runs/r", "--seed", "7")
     [[program, *arguments]] = calls(checkout)
-    assert program == "deepspeed"
+    assert (program, arguments.pop(0)) == ("python", str(checkout / "launch/supervise.py"))
     value = dict(zip(arguments, arguments[1:]))
     assert value["--num_accelerators"] == "2" and value["--module"] == "megaresid.train"
     assert value["--preset"] == "reference" and value["--micro-batch-size"] == "32"
@@ -239,10 +241,17 @@ def test_the_sites_torch_must_be_one_that_pip_takes(checkout, tmp_path, version,
         assert len(ran.stderr.splitlines()) == 1
 
 
-def test_slurm_passes_the_cores_on_to_each_machine(checkout):
-    write_program(checkout / ".venv/bin/scontrol", "#!/bin/sh\nprintf 'node-1\\nnode-2\\n'\n")
-    write_program(checkout / ".venv/bin/srun", PROGRAM)
-    job = {
+SCONTROL = """#!/bin/sh
+case "$1" in
+show) printf 'node-1\\nnode-2\\n' ;;
+*) printf '%s\\n' scontrol "$@" --- >> calls ;;
+esac
+"""
+
+
+def slurm_job(checkout):
+    write_program(checkout / ".venv/bin/scontrol", SCONTROL)
+    return {
         "SLURM_SUBMIT_DIR": str(checkout),
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
@@ -250,14 +259,43 @@ def test_slurm_passes_the_cores_on_to_each_machine(checkout):
         "SLURM_JOB_ID": "42",
         "SLURM_CPUS_PER_TASK": "16",
     }
+
+
+@pytest.mark.parametrize(
+    "warned, code, requeued",
+    [(True, 75, True), (True, 137, True), (False, 75, False), (True, 0, False), (True, 2, False), (True, 76, False)],
+)
+def test_a_slurm_job_that_runs_out_of_time_stops_its_steps_and_is_requeued(checkout, warned, code, requeued):
+    """srun ends when its step is sent TERM; a job that its owner cancels has not been warned."""
+    job = slurm_job(checkout) | {"SRUN_CODE": str(code)}
+    write_program(checkout / ".venv/bin/scancel", PROGRAM.replace("exit ${EXIT_CODE:-0}", "echo stop > step"))
+    write_program(checkout / ".venv/bin/srun", "#!/bin/sh\necho runs\nread -r word < step\nexit $SRUN_CODE\n")
+    os.mkfifo(checkout / "step")
+    command = ["bash", "launch/slurm.sbatch", "my data", "a run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | job) as batch:
+        assert batch.stdout.readline() == "runs\n"
+        if warned:
+            batch.send_signal(signal.SIGUSR1)
+        else:
+            (checkout / "step").write_text("stop\n")
+        assert batch.wait(60) == code
+    told = [["scancel", "--signal=TERM", "42"]] if warned else []
+    assert calls(checkout) == told + ([["scontrol", "requeue", "42"]] if requeued else [])
+
+
+def test_slurm_passes_the_cores_on_to_each_machine(checkout):
+    write_program(checkout / ".venv/bin/srun", PROGRAM)
+    job = slurm_job(checkout)
     assert run("bash", "launch/slurm.sbatch", "my data", "a run", "--seed", "7", **job).returncode == 0
     [[program, *arguments]] = calls(checkout)
     launcher, training = arguments[: arguments.index("torchrun")], arguments[arguments.index("torchrun") :]
-    assert program == "srun" and launcher == ["--kill-on-bad-exit", "--cpus-per-task", "16"]
+    assert program == "srun" and launcher[:3] == ["--kill-on-bad-exit", "--cpus-per-task", "16"]
+    assert launcher[3:] == ["bash", str(checkout / "launch/train.sh")], "each machine's ranks are told of signals"
     value = dict(zip(training, training[1:]))
     assert value["--nnodes"] == "2" and value["--nproc-per-node"] == "2"
     assert value["--rdzv-endpoint"] == "node-1:29500" and value["-m"] == "megaresid.train"
     assert value["--data"] == "my data" and value["--run-dir"] == "a run" and training[-2:] == ["--seed", "7"]
+    assert value["--resume"] == "auto"
 
 
 def python_that_says(folder, version):
