@@ -4,13 +4,14 @@ import contextlib
 import io
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 from megaresid.errors import UserError
 from megaresid.model.flops import forward_flops_per_token
-from megaresid.model.gpt import TOKENS, Head, canonical_parameters, canonical_rules, layer_specs
+from megaresid.model.gpt import GPT, TOKENS, Head, canonical_parameters, canonical_rules, layer_specs
 from megaresid.model.init import fill
 from megaresid.model.mlp import MLP
 from megaresid.model.plan import ModelPlan, component_name
@@ -65,15 +66,28 @@ def _layer_flops(plan: ModelPlan, layer: int) -> int:
 
 def describe_stages(plan: ModelPlan, stages: int) -> list[str]:
     """One line a stage: what it has."""
-    lines, bounds = [], stage_bounds(plan, stages)
-    for stage in range(stages):
-        first = max(bounds[stage] - BEFORE_LAYERS, 0)
-        last = min(bounds[stage + 1] - BEFORE_LAYERS, plan.shape.layers) - 1
-        held = f"layer {first}" if first == last else f"layers {first} to {last}"
+    lines = []
+    for stage, layers in enumerate(stage_layers(plan, stages)):
+        held = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
         before = "embedding, " if stage == 0 else ""
         behind = ", head with its copy of the embedding" if stage == stages - 1 else ""
         lines.append(f"stage {stage} of {stages}: {before}{held}{behind}")
     return lines
+
+
+def stage_parameters(plan: ModelPlan, stages: int) -> list[int]:
+    """The parameters that each stage has, padding rows and the last one's copy of the embedding included."""
+    with torch.device("meta"):
+        parts = GPT(plan).parts
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    counts.append(counts[0] if stages > 1 else 0)
+    return [sum(counts[begin:end]) for begin, end in pairwise(stage_bounds(plan, stages))]
+
+
+def stage_layers(plan: ModelPlan, stages: int) -> list[range]:
+    """The layers of each stage."""
+    cuts = [0, *(bound - BEFORE_LAYERS for bound in stage_bounds(plan, stages)[1:-1]), plan.shape.layers]
+    return [range(first, end) for first, end in pairwise(cuts)]
 
 
 class Stages(PipelineModule):

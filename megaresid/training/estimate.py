@@ -13,7 +13,7 @@ from megaresid.model.count import parameters_by_component
 from megaresid.model.flops import forward_flops_per_token, training_flops_per_token
 from megaresid.model.gpt import GPT
 from megaresid.model.measure import saved_bytes
-from megaresid.model.pipeline import describe_stages
+from megaresid.model.pipeline import describe_stages, stage_layers, stage_parameters
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 
@@ -33,10 +33,22 @@ def saved_activation_bytes(plan: ModelPlan, batch: Batch, recompute: bool, autoc
 
 def memory_per_rank(plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch) -> dict[str, int]:
     """Bytes per rank by purpose, between steps: two states a parameter for the Adam family, one for any other
-    optimizer. Buffers of communication and of the allocator come on top."""
+    optimizer. Buffers of communication and of the allocator come on top. Of a pipeline's stages it is the most that one
+    has for each purpose."""
     shape, ranks, stage = plan.shape, batch.ranks, ds_config.stage
     parameters = sum(parameters_by_component(plan).values())
     parameters += (shape.padded_vocab_size - shape.vocab_size) * shape.width
+    activations = saved_activation_bytes(
+        plan, batch, config.execution.activation_checkpointing, ds_config.autocast_dtype
+    )
+    if (stages := config.execution.pipeline_stages) > 1:
+        parameters = max(stage_parameters(plan, stages))
+        # A stage keeps its share of each micro-batch that has not come back to it: the first stage of the most.
+        under_way = (
+            len(layers) * min(stages - number, batch.accumulation)
+            for number, layers in enumerate(stage_layers(plan, stages))
+        )
+        activations = activations * max(under_way) // shape.layers
     half = ds_config.engine.get("bf16", {}).get("enabled", False)
     states = 2 if "adam" in ds_config.engine["optimizer"]["type"].lower() else 1
     offloaded = ds_config.engine["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
@@ -46,9 +58,7 @@ def memory_per_rank(plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConf
         "weights": (2 if half else 4) * parameters // (ranks if stage == 3 else 1),
         "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
         "optimizer (offloaded)" if offloaded else "optimizer": optimizer,
-        "saved activations": saved_activation_bytes(
-            plan, batch, config.execution.activation_checkpointing, ds_config.autocast_dtype
-        ),
+        "saved activations": activations,
     }
 
 

@@ -7,6 +7,7 @@ of a pipeline's ranks go through it one behind the other, and each rank gets the
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import deepspeed.runtime.pipe.engine as deepspeed_pipe
@@ -176,9 +177,11 @@ class PipelineEngine:
         learning_rate: float,
         accepts: Callable[[float, float], bool] = finite,
     ) -> StepResult:
-        """As ``Engine.train_step``; the loss of a rank, and those of its micro-batches, are its pipeline's. Only the
-        first and the last stage take from ``micro_batches``."""
+        """As ``Engine.train_step``; the loss of a rank is its pipeline's, and the last stage has those of the
+        micro-batches."""
         engine, judged = self.deepspeed, ()
+        # Taken in every stage and before the first message, so that no stage waits for one that cannot read its data.
+        taken = list(islice(micro_batches, self.batch.accumulation))
         set_learning_rate(engine.optimizer.param_groups, learning_rate)
         skipped_before = engine.skipped_steps
 
@@ -189,7 +192,7 @@ class PipelineEngine:
             return accepts(*judged)
 
         engine.ask = ask
-        engine.train_batch(iter(micro_batches))
+        engine.train_batch(iter(taken))
         mean_loss, norm = judged
         return StepResult(engine.dp_group_loss, norm, engine.skipped_steps > skipped_before, mean_loss)
 

@@ -14,8 +14,8 @@ from megaresid.errors import UserError
 from megaresid.model.flops import forward_flops_per_token
 from megaresid.model.pipeline import check_pipeline, describe_stages, stage_bounds
 from megaresid.model.plan import ModelPlan
-from megaresid.training.ds_config import data_parallel_ranks, plan_batch, resolve
-from megaresid.training.estimate import print_estimate
+from megaresid.training.ds_config import DeepSpeedConfig, data_parallel_ranks, plan_batch, resolve
+from megaresid.training.estimate import memory_per_rank, print_estimate
 
 TIED = "embed.tokens.weight"
 HYBRID = {"attention": "gated_delta_net + softmax"}
@@ -171,6 +171,25 @@ def test_layers_are_shared_out_so_that_the_dearest_stage_is_cheapest(residual, a
     assert all(a < b for a, b in itertools.pairwise((0, *found, layers)))
     best = min(dearest(cuts) for cuts in itertools.combinations(range(1, layers), stages - 1))
     assert dearest(found) <= best * 1.01  # the close's cost is not told apart from the last layer's
+
+
+def weights_held(folder: str) -> int:
+    config = configuration(layers=4, pipeline_stages=2)
+    engine = start_engine(config, tree_of(0, ADAMW), folder)
+    held = sum(p.numel() * p.element_size() for p in engine.parameters.values())
+    engine.deepspeed.destroy()
+    return held
+
+
+def test_memory_is_that_of_the_largest_stage(ranks2, tmp_path):
+    held = ranks2.run(weights_held, str(tmp_path))
+    config = configuration(layers=4, pipeline_stages=2)
+    batch = plan_batch(config, 1)
+    settings = DeepSpeedConfig(tree_of(0, ADAMW), {})
+    promised = memory_per_rank(plan_of(config), config, settings, batch)
+    assert promised["weights"] == max(held) and promised["optimizer"] == 2 * max(held)
+    whole = memory_per_rank(plan_of(config), configuration(layers=4), settings, batch)
+    assert whole["saved activations"] / 2 <= promised["saved activations"] <= 2 * whole["saved activations"]
 
 
 def test_stages_are_told_before_the_start(capsys, tmp_path):
