@@ -18,7 +18,7 @@ from megaresid.model.presets import PRESETS
 from megaresid.training.checkpoint import find_checkpoint, iterate_parameters
 from megaresid.training.checkpoint_format import Header, SavedState
 from megaresid.training.run_dir import SCHEMA, read_json
-from megaresid.users_code import mistakes_told
+from megaresid.users_code import mistakes_told, none_from
 
 
 class Saved(Protocol):
@@ -124,7 +124,7 @@ def _plan_of(run: Path, config: RunConfig, header: Header) -> ModelPlan:
     if preset not in PRESETS:
         raise UserError(f"{source}: model={preset!r} is not known: {suggestion(preset, PRESETS)}")
     try:
-        with mistakes_told():
+        with none_from(run), mistakes_told():
             plan = config.plan()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

@@ -1,14 +1,47 @@
-"""A user's own classes: which they are, and their mistakes told as a user's are."""
+"""A user's own classes: which they are, from where they may come, and their mistakes told as a user's are."""
 
+import importlib.util
 import inspect
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 
 from megaresid.errors import UserError
 
 CLASSES: list[type] = []
 """Those that layer specs have named by ``module:Class``."""
+
+_loaded: ContextVar[Path | None] = ContextVar("loaded", default=None)
+
+
+@contextmanager
+def none_from(folder: Path) -> Iterator[None]:
+    """No class comes from a module in ``folder`` meanwhile: somebody else's run may name one that lies beside it, and
+    to load a model must not execute what came with it, also where that is the current folder."""
+    token = _loaded.set(folder.resolve())
+    try:
+        yield
+    finally:
+        _loaded.reset(token)
+
+
+def check_origin(module: str) -> None:
+    """Raise UserError for a module that would be imported from the folder that is being loaded; imports nothing."""
+    if (folder := _loaded.get()) is None:
+        return
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return  # importing it says why
+    places = [found.origin, *(found.submodule_search_locations or ())] if found else []
+    for place in filter(None, places):
+        if Path(place).resolve().is_relative_to(folder):
+            raise UserError(
+                f"module {module!r} is {place}, inside what is being loaded, whose code is not executed: if you trust "
+                "it, copy it to a folder of your own on PYTHONPATH"
+            )
 
 
 @contextmanager

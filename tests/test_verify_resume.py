@@ -324,6 +324,18 @@ def measure(engine):
 """
 
 
+TOKEN = "hf_" + "S3cretOfATest" * 2
+
+
+def check_secrets(folder: Path) -> None:
+    """Nothing that the runs wrote or printed holds a secret of their environment."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"environment.json", "config.json", "output.txt", "checkpoint.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert TOKEN.encode() not in content and TOKEN[::-1].encode() not in content, path
+
+
 def verify(
     workplace: Path, planted: str = "", first: int = 2, second: int = 2, options=()
 ) -> tuple[int, str, list[Path]]:
@@ -331,11 +343,17 @@ def verify(
     command = [sys.executable, "-m", "megaresid.verify_resume", "--config", str(workplace / "run.json")]
     command += ["--first", str(first), "--second", str(second), "--ranks", "2", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PLANTED": planted}
-    environment |= {"PYTHONPATH": str(workplace), "TMPDIR": str(workplace / "temporary")}
+    environment |= {
+        "HF_TOKEN": TOKEN,
+        "WANDB_API_KEY": TOKEN[::-1],
+        "PYTHONPATH": str(workplace),
+        "TMPDIR": str(workplace / "temporary"),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     kept = list((workplace / "temporary").glob("megaresid-verify-*"))
     for folder in kept:
         assert str(folder) in done.stdout
+        check_secrets(folder)
         shutil.rmtree(folder)
     return done.returncode, done.stdout + done.stderr, kept
 

@@ -92,13 +92,17 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out. Raises UserError for one that is
+    JSON and no row."""
+    rows, path = [], run / "metrics.jsonl"
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: no row of metrics, which has a step: take the line out")
+        rows.append(row)
     return rows
 
 
