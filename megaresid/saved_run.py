@@ -131,7 +131,7 @@ def _plan_of(run: Path, config: RunConfig, header: Header) -> ModelPlan:
     if header.identity.get("spec", plan.hash) != plan.hash:
         raise UserError(
             f"{source}: its model is not the one that was saved (spec {plan.hash[:12]}, the checkpoint's is "
-            f"{header.identity['spec'][:12]}): use the version of megaresid and of your own modules that trained it"
+            f"{str(header.identity['spec'])[:12]}): use the version of megaresid and of your own modules that trained it"
         )
     return plan
 
@@ -140,8 +140,9 @@ def _product_dtype(run: Path) -> torch.dtype | None:
     """As ``DeepSpeedConfig.autocast_dtype``, of a run's resolved JSON."""
     if not (run / "ds_config.json").is_file():
         return None
-    sections = (_object(run, "ds_config.json").get(name, {}) for name in ("torch_autocast", "bf16"))
-    return torch.bfloat16 if any(section.get("enabled") for section in sections) else None
+    sections = (_object(run, "ds_config.json").get(name) for name in ("torch_autocast", "bf16"))
+    enabled = any(isinstance(section, dict) and section.get("enabled") for section in sections)
+    return torch.bfloat16 if enabled else None
 
 
 def _object(run: Path, name: str) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def summarise(run: Path) -> str:
     Args:
         run: A run directory.
     """
+    try:
+        return _summarise(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{run}: its files are not as a run writes them ({what}): put back what was changed") from error
+
+
+def _summarise(run: Path) -> str:
     config, shape = read_json(run, "config.json"), read_json(run, "spec.json")["shape"]
     # A run that has only just begun has no metrics.jsonl yet.
     rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []

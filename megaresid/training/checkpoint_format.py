@@ -14,6 +14,7 @@ Needs neither DeepSpeed nor a process group.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaresid.durable import forget, sync
 from megaresid.errors import UserError, suggestion
+from megaresid.json_text import parse_json
 from megaresid.training.agreement import DamagedCheckpoint
 from megaresid.training.zero_state.live import PARAMETER
 
@@ -68,14 +70,20 @@ class Header(_Record):
     parameter and key; ``generators`` hold a rank's torch generator states each, by device, in base64."""
 
     schema_version: Literal[1] = 1
-    step: int
-    world_size: int
-    parameters: dict[str, list[int]]
+    step: NonNegativeInt
+    world_size: PositiveInt
+    parameters: dict[str, list[NonNegativeInt]]
     scalars: dict[str, dict[str, int | float]]
     counters: dict[str, Any]
     engine: dict[str, int]
     generators: list[dict[str, str]]
     identity: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _of_every_rank(self):
+        if len(self.generators) != self.world_size:
+            raise ValueError(f"generators of {len(self.generators)} ranks, where world_size is {self.world_size}")
+        return self
 
 
 class FileRecord(_Record):
@@ -276,6 +284,12 @@ class SavedState:
         """The optimizer's numbers of a parameter."""
         return self.header.scalars.get(name, {})
 
+    def check_length(self, kind: str, name: str, elements: int) -> None:
+        """Raise ``UserError`` where the files have fewer elements of a parameter than so many."""
+        found = sum(length for _, length, _ in self._pieces.get((kind, name), []))
+        if found < elements:
+            raise UserError(f"{self.path}: the files have {found} of {elements} elements of {name}; use another one")
+
     def read(self, kind: str, name: str, offset: int, out: Tensor) -> None:
         """Fill ``out`` [length], of any dtype and device, with a parameter's elements from ``offset`` on."""
         position, end = offset, offset + out.numel()
@@ -311,6 +325,7 @@ def iterate_parameters(path: Path, names: Iterable[str] | None = None) -> Iterat
         if unknown := [name for name in names if name not in shapes]:
             raise UserError(f"{path}: there is no parameter {unknown[0]!r}; {suggestion(unknown[0], shapes)}")
         for name in names:
+            saved.check_length(PARAMETER, name, math.prod(shapes[name]))  # before memory is taken for it
             parameter = torch.empty(shapes[name], dtype=torch.float32)
             saved.read(PARAMETER, name, 0, parameter.view(-1))
             yield name, parameter
@@ -323,7 +338,7 @@ def read_parameters(path: Path, names: Iterable[str] | None = None) -> dict[str,
 
 def _load(path: Path, record: type[R]) -> R:
     try:
-        return record.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return record.model_validate(parse_json(path.read_bytes()))
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: the file is missing, the checkpoint is half-written; use another") from None
     except OSError as error:
