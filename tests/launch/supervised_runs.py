@@ -16,7 +16,7 @@ from data_prep.__main__ import main as data_prep
 ROOT = Path(__file__).parents[2]
 MODEL = "--model tiny --layers 2 --width 32 --context 32 --dropout 0.1".split()
 TRAINING = "--global-batch-size 8 --micro-batch-size 2 --log-interval 1 --checkpoint-interval 0".split()
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds for a line to come or a process to end; a start takes 15 to 20 of them."""
 
 
@@ -38,8 +38,8 @@ def make_workplace(folder: Path) -> Path:
         path = root / ".venv/bin" / program
         path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         path.chmod(0o755)
-    rows = [json.dumps({"text": f"Line {n} of a text about the number {n * n}, and of others. " * 9}) for n in range(80)]
-    (root / "text.jsonl").write_text("\n".join(rows))
+    texts = (f"Line {n} of a text about the number {n * n}, and of others. " * 9 for n in range(80))
+    (root / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     options = ["--source", "jsonl", "--input", str(root / "text.jsonl"), "--validation-fraction", "0.2"]
     data_prep([*options, "--out", str(root / "data")])
     optimizer = {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}

@@ -1,4 +1,4 @@
-"""The supervisor with launchers and ranks that train nothing, and so start in no time: who is told what, who is left."""
+"""The supervisor with launchers and ranks that train nothing and start in no time: who is told what, who is left."""
 
 import json
 import os
@@ -44,10 +44,8 @@ LAUNCHER = """
 import os, subprocess, sys, time
 if "below" not in sys.argv:
     sys.exit(max(0, subprocess.call([sys.executable, *sys.argv, "below"])))
-ranks = [
-    subprocess.Popen([sys.executable, sys.argv[1], *sys.argv[2:]], env={**os.environ, "RANK": str(n), "LOCAL_RANK": str(n)})
-    for n in range(2)
-]
+command = [sys.executable, *sys.argv[1:]]
+ranks = [subprocess.Popen(command, env={**os.environ, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
 print("launcher is", os.getpid(), "below", os.getppid(), flush=True)
 codes = [rank.wait() for rank in ranks]
 sys.exit(max(codes))
