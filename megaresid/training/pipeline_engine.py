@@ -29,7 +29,7 @@ from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 from megaresid.training.engine import StepResult, evaluating
 from megaresid.training.health import finite
-from megaresid.training.optimizer import parameter_groups, set_learning_rate
+from megaresid.training.optimizer import parameter_groups, set_learning_rate, total_norm
 from megaresid.training.rules import overridden
 
 # The shapes of a stage's tensors go ahead of them in one message. Theirs has room for 50 tensors, and a history of all
@@ -92,7 +92,7 @@ class Schedule(deepspeed_pipe.PipelineEngine):
         if self._unsharded:
             trained = [p for p in self.module.parameters() if p.grad is not None]
             own = [p.grad for p in trained if not p.ds_pipe_replicated]
-            norm = self._over_stages(torch.nn.utils.get_total_norm(own))
+            norm = self._over_stages(total_norm(own))
             if not self.ask(norm):
                 self.zero_grad()  # the optimizer passes over a parameter without a gradient
                 self.skipped_steps += 1

@@ -11,6 +11,8 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from megaresid.training.optimizer import total_norm
+
 REFUSED = float("inf")
 Ask = Callable[[torch.Tensor], bool]
 
@@ -50,7 +52,7 @@ class UpdateGate:
         """
         self._ask, self._accepted = ask, None
         before = self._engine.skipped_steps
-        if self._unsharded and not self._accepts(torch.nn.utils.get_total_norm(self._gradients())):
+        if self._unsharded and not self._accepts(total_norm(self._gradients())):
             self._engine.skipped_steps += 1
         with self._norm_of_bf16():
             self._engine.step()
