@@ -57,12 +57,16 @@ def examine(
         checks.append(("network", data_checks.network))
     if deepspeed_config is not None:
         checks.append(("DeepSpeed JSON", functools.partial(deepspeed_json.deepspeed_json, deepspeed_config)))
-    for subject, check in checks:
-        yield from found_by(subject, check)
-    if isinstance(ring, ChildFailed):
-        yield fault("launcher", str(ring), "install DeepSpeed into this environment")
-    else:
-        yield from found_by("launcher", functools.partial(launcher.launcher, ring, ranks))
+    try:
+        for subject, check in checks:
+            yield from found_by(subject, check)
+        if isinstance(ring, ChildFailed):
+            yield fault("launcher", str(ring), "install DeepSpeed into this environment")
+        else:
+            yield from found_by("launcher", functools.partial(launcher.launcher, ring, ranks))
+    finally:  # interrupted, or the reader of the output has had enough
+        if isinstance(ring, Child):
+            ring.end()
     if on_gpu:
         yield from found_by("kernels", gpu.kernels)
 

@@ -436,7 +436,7 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
-        timeout=120,
+        timeout=400,
     )
 
 

@@ -32,7 +32,7 @@ class Child:
         except subprocess.TimeoutExpired:
             raise ChildFailed(f"no answer within {self.seconds:g} s") from None
         finally:
-            self._end()
+            self.end()
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").splitlines()
         answers = [line.partition(MARK)[2] for line in lines if MARK in line]
@@ -42,7 +42,8 @@ class Child:
         ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise ChildFailed(f"{ended}, {said}")
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Kill it and those that it started, unless they have ended."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:

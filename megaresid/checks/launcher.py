@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megaresid.checks.child import Child, ChildFailed, start
 from megaresid.checks.finding import Finding, fault, ok
 
-SECONDS = 90.0
+SECONDS = 180.0
 
 
 def start_ranks(ranks: int, on_gpu: bool, seconds: float = SECONDS) -> Child:
