@@ -62,6 +62,14 @@ def memory_per_rank(plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConf
     }
 
 
+def checkpoint_bytes(plan: ModelPlan, ds_config: DeepSpeedConfig) -> int:
+    """Of a checkpoint's elements: fp32 parameters and as many optimizer states as ``memory_per_rank`` counts."""
+    parameters = sum(parameters_by_component(plan).values())
+    parameters += (plan.shape.padded_vocab_size - plan.shape.vocab_size) * plan.shape.width
+    states = 2 if "adam" in ds_config.engine["optimizer"]["type"].lower() else 1
+    return 4 * (1 + states) * parameters
+
+
 def print_estimate(
     plan: ModelPlan, config: RunConfig, ds_config: DeepSpeedConfig, batch: Batch, training_tokens: int
 ) -> None:
@@ -87,8 +95,14 @@ def print_estimate(
         for line in describe_stages(plan, stages):
             console.print(f"pipeline  {line}")
     memory = memory_per_rank(plan, config, ds_config, batch)
+    ranks = batch.ranks * config.execution.pipeline_stages
     parts = ", ".join(f"{purpose} {size / 2**30:.2f}" for purpose, size in memory.items())
     on_device = sum(size for purpose, size in memory.items() if "offloaded" not in purpose)
     console.print(f"memory    about {on_device / 2**30:.2f} GiB per rank ({parts} GiB), buffers not counted")
+    saved = checkpoint_bytes(plan, ds_config)
+    console.print(
+        f"saving    {saved / 2**30:.2f} GiB a checkpoint; {saved / ranks / 2**30:.2f} GiB of each rank's host memory "
+        "hold the copy that is written in the background"
+    )
     console.print(f"spec      {plan.hash}")
     console.print("DeepSpeed " + json.dumps(ds_config.engine), markup=False)

@@ -18,6 +18,7 @@ from megaresid.training.checkpoint import (
     copy_parameters,
     find_checkpoint,
     load_checkpoint,
+    load_newest,
     save_checkpoint,
 )
 from megaresid.training.retention import Retention
@@ -272,3 +273,38 @@ def load_with_a_flipped_bit(folder, load, at):
 def test_loading_a_damaged_file_is_an_error_on_all_ranks_and_changes_nothing(ranks2, tmp_path, load, at):
     with pytest.raises(UserError, match="rank_00001.safetensors: the SHA-256"):
         ranks2.run(load_with_a_flipped_bit, tmp_path / "checkpoints", load, at)
+
+
+def save_damage_and_load_newest(folder, damaged, name, at):
+    """Saves steps 1 to 3, flips a bit of ``name`` in each of ``damaged``, and loads the newest that is whole."""
+    engine, parameters = make_engine(1)
+    for step in (1, 2, 3):
+        train(engine, range(1))
+        save_checkpoint(engine, parameters, folder, step=step, counters={}, identity={})
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for step in damaged:
+            file = folder / f"step_{step:08d}" / name
+            file.write_bytes((data := bytearray(file.read_bytes()))[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    dist.barrier()
+    try:
+        state, path, problems = load_newest(engine, parameters, find_checkpoint(folder))
+        return state.step, path.name, problems
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("name, at", [("rank_00001.safetensors", 12), ("rank_00000.safetensors", 4000)])
+def test_of_damaged_checkpoints_the_newest_whole_one_is_loaded_and_they_lose_their_names(ranks2, tmp_path, name, at):
+    for step, path, problems in ranks2.run(save_damage_and_load_newest, tmp_path / "checkpoints", (2, 3), name, at):
+        assert (step, path) == (1, "step_00000001") and len(problems) == 2
+        assert f"step_00000003/{name}: the SHA-256" in problems[0] and f"step_00000002/{name}" in problems[1]
+    found = names(tmp_path / "checkpoints")
+    assert found == {"step_00000001", "damaged_step_00000002", "damaged_step_00000003", "latest"}
+    assert find_checkpoint(tmp_path).name == "step_00000001"
+
+
+def test_where_all_checkpoints_are_damaged_the_oldest_is_named_and_nothing_is_renamed(ranks2, tmp_path):
+    with pytest.raises(UserError, match="step_00000001/rank_00001.safetensors: the SHA-256"):
+        ranks2.run(save_damage_and_load_newest, tmp_path / "checkpoints", (1, 2, 3), "rank_00001.safetensors", 12)
+    assert names(tmp_path / "checkpoints") == {"step_00000001", "step_00000002", "step_00000003", "latest"}

@@ -1,4 +1,4 @@
-"""A run goes on with other ranks and another ZeRO stage: the same batches, and the losses of a run that never stopped."""
+"""A run goes on with other ranks and another ZeRO stage: the same batches, the losses of a run that never stopped."""
 
 import json
 import shutil

@@ -77,4 +77,5 @@ def test_the_dry_run_names_the_published_count(capsys):
     print_estimate(ModelPlan(config.shape), config, ds_config, Batch(32, 8, 2), training_tokens=10_000_000_000)
     said = capsys.readouterr().out
     assert "354,823,168" in said and "positions learned, for softmax in 24 of 24 layers" in said
+    assert "3.97 GiB a checkpoint; 1.98 GiB of each rank's host memory" in said  # 12 bytes a parameter, over two ranks
     assert "512 sequences, 524,288 tokens per step" in said and "7,096,238,080 tokens (0.71 epochs" in said

@@ -20,8 +20,8 @@ OFTEN = {"log_interval": 1, "keep_checkpoints": 0, "eval": ""}
 
 def make_data(folder: Path) -> Path:
     """Shards of small texts."""
-    rows = [json.dumps({"text": f"Line {n} of a text about the number {n * n}, and of others. " * 9}) for n in range(80)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
+    texts = (f"Line {n} of a text about the number {n * n}, and of others. " * 9 for n in range(80))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     options = ["--source", "jsonl", "--input", str(folder / "text.jsonl"), "--validation-fraction", "0.2"]
     data_prep([*options, "--out", str(folder / "data")])
     return folder / "data"
