@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.undisturbed import undisturbed
+from megaresid.process_groups import own_group
 
 if TYPE_CHECKING:
     from megaresid.training.engine import Engine
@@ -50,7 +51,7 @@ class Hooks:
         self._seconds: dict[str, float] = {}
         self._owners: dict[str, str] = {}
         # Its own group: a rank that failed must not meet the others in a collective of the measure.
-        self._group = dist.new_group(backend="gloo") if hooks and dist.get_world_size() > 1 else None
+        self._group = own_group("evaluation") if hooks and dist.get_world_size() > 1 else None
 
     def due(self, step: int, last: int) -> list[Hook]:
         return [hook for hook in self._hooks if hook.due(step, last)]

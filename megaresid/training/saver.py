@@ -12,11 +12,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from megaresid.errors import UserError
 from megaresid.monitoring.metrics import Recorder
+from megaresid.process_groups import own_group
 from megaresid.training.agreement import CheckpointError, Ranks
 from megaresid.training.checkpoint_format import (
     ASIDE,
@@ -58,7 +58,7 @@ class Saver:
     ):
         self._engine, self._parameters, self._identity = engine, parameters, identity
         self._folder, self._retention = folder, retention
-        self._ranks = Ranks(dist.new_group(backend="gloo"))
+        self._ranks = Ranks(own_group("saving"))
         with self._ranks.agreed(f"checkpoints in {folder}"):
             live_state(engine, parameters)
         self._part: Snapshot | Exception | None = None
