@@ -5,6 +5,8 @@ import math
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,8 +32,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Recorder:
     """Writes rows of metrics. Only rank 0 makes one.
 
-    A row is flushed at once, so that a killed run keeps what it knew. On a terminal a progress bar stays below the
-    lines; elsewhere there are lines alone.
+    A row is flushed at once, so that a killed run keeps what it knew. A disk that takes no more does not end a run: that
+    is said once, and ``metrics.jsonl`` gets what it lacks with the next row for which there is room. On a terminal a
+    progress bar stays below the lines; elsewhere there are lines alone.
     """
 
     def __init__(self, run: Path, first_step: int, steps: int, monitors=None):
@@ -43,6 +46,7 @@ class Recorder:
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("training", total=steps, completed=first_step)
         self._steps = steps
+        self._refused = False
 
     def __enter__(self) -> "Recorder":
         self._progress.start()
@@ -50,8 +54,9 @@ class Recorder:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._tensorboard.close()
-        self._file.close()
+        for close in (self._tensorboard.close, self._file.close):
+            with self._unless_refused():
+                close()
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
@@ -64,10 +69,24 @@ class Recorder:
         known = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
         # JSON has no NaN and no infinity.
         tree = {"schema": SCHEMA, "step": step, **dict.fromkeys(row), **known}
-        self._file.write(json.dumps(tree | ({"failed": failed} if failed else {})) + "\n")
-        self._tensorboard.scalars(known, step)
+        with self._unless_refused():
+            # What the disk refuses stays in the file's buffer.
+            self._file.write(json.dumps(tree | ({"failed": failed} if failed else {})) + "\n")
+        with self._unless_refused():
+            self._tensorboard.scalars(known, step)
         if self._monitors is not None:
-            self._monitors.write_events([(name, value, step) for name, value in known.items()])
+            with self._unless_refused():
+                self._monitors.write_events([(name, value, step) for name, value in known.items()])
+
+    @contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """Go on where the block's writing fails, and say so the first time."""
+        try:
+            yield
+        except OSError as error:
+            if not self._refused:
+                self.say(f"metrics cannot be written ({error.strerror or error}): training goes on; make room")
+            self._refused = True
 
     def describe(self, name: str, text: str) -> None:
         """A text for TensorBoard, such as the spec."""

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard and the lines on the screen."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -112,3 +113,19 @@ def test_memory_is_counted_in_bytes():
     grown = peak_memory_bytes(torch.device("cpu")) - before
     assert held.sum() and grown <= 400 * 2**20
     assert peak_memory_bytes(torch.device("cpu")) > 300 * 2**20
+
+
+def test_a_full_disk_is_told_once_and_no_row_of_the_file_is_lost(tmp_path, capsys):
+    """The limit on a file's size stands for the disk's: writing beyond it fails, and later goes on."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.record(1, ROW)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, most))
+        try:
+            recorder.record(2, ROW)
+            recorder.record(3, ROW)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        recorder.record(4, ROW)
+    assert read_metrics(tmp_path) == [{"schema": 1, "step": step, **ROW} for step in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1
