@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -13,7 +15,7 @@ from data_prep.tokenizer import gpt2_encoding
 from megaresid.benchmark import tokenizing, tokenizing_ways
 from megaresid.benchmark.tokenizing import Request, main, measure, on_cores, size_of, ways
 from megaresid.benchmark.tokenizing_report import summarise
-from megaresid.benchmark.tokenizing_ways import WAYS, Measurement, raw, raw_texts, texts, write_llmc
+from megaresid.benchmark.tokenizing_ways import WAYS, Measurement, raw, raw_texts, texts
 from megaresid.errors import UserError
 
 DOCUMENTS = [f"Document {n}: it's the {n * n}th, naïve <|endoftext|> one.\n" * (1 + n % 7) for n in range(60)]
@@ -36,9 +38,18 @@ def test_all_read_the_same_text(files):
     assert size_of(files) == (60, sum(len(document.encode()) for document in DOCUMENTS))
 
 
-def test_llmc_writes_what_its_format_says(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing_ways, "LLMC_SHARD_TOKENS", 1000)
-    assert write_llmc(files, tmp_path, 2) == TOKENS
+def result_of(*lines: str) -> str:
+    """What a Python of its own prints: these ways fork, which a process with threads may not survive."""
+    code = "\n".join(["from pathlib import Path", "from megaresid.benchmark import tokenizing_ways as ways", *lines])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    return done.stdout.split()[-1]
+
+
+def test_llmc_writes_what_its_format_says(files, tmp_path):
+    shard_tokens = "ways.LLMC_SHARD_TOKENS = 1000"
+    written = result_of(shard_tokens, f"print(ways.write_llmc({files!r}, Path({str(tmp_path)!r}), 2))")
+    assert int(written) == TOKENS
     stream = [id for ids in IDS for id in ids]
     shards = sorted(tmp_path.glob("*.bin"))
     assert len(shards) == -(-TOKENS // 1000) > 2
@@ -50,7 +61,7 @@ def test_llmc_writes_what_its_format_says(files, tmp_path, monkeypatch):
 
 def test_nanogpt_writes_all_documents(files, tmp_path):
     pytest.importorskip("datasets")
-    assert tokenizing_ways.write_nanogpt(files, tmp_path, 1) == TOKENS
+    assert int(result_of(f"print(ways.write_nanogpt({files!r}, Path({str(tmp_path)!r}), 1))")) == TOKENS
     found = [np.fromfile(tmp_path / f"{split}.bin", np.uint16) for split in ("train", "test")]
     ends = [np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1] for ids in found]
     documents = sorted(tuple(ids.tolist()[:-1]) for some in ends for ids in some)
