@@ -364,6 +364,7 @@ def table(said: str) -> dict[str, str]:
     return {row[0]: row[2] for row in rows if len(row) == 3}
 
 
+@pytest.mark.full
 def test_the_command_finds_a_generator_of_rank_1_that_is_not_restored(workplace):
     """In real processes, under the launcher, killed by kill -9; what is not at fault is equal."""
     code, said, kept = verify(workplace, "generator")
