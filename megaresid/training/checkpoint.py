@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megaresid.errors import UserError, suggestion
 from megaresid.training.agreement import CheckpointError, DamagedCheckpoint, Ranks, agreed
@@ -121,20 +121,25 @@ def load_checkpoint(engine, parameters: Mapping[str, nn.Parameter], path: Path) 
     what = f"checkpoint {path}"
     live, saved = _opened(engine, parameters, path)
     with saved:
+        header = saved.header
         with agreed(what):
             live.owned_scalars(saved)
+            for name in ENGINE_COUNTERS:
+                if name not in header.engine:
+                    raise UserError(f"{path / HEADER}: engine lacks {name}; use another checkpoint")
+            generators = {}
+            if header.world_size == ranks:
+                generators = _generator_states(path / HEADER, header.generators[rank])
         with agreed(what):
             live.restore_parameters(lambda name, offset, out: saved.read(PARAMETER, name, offset, out))
             live.restore_optimizer(saved)
         live.publish()
-        header = saved.header
     with agreed(what):
         for name in ENGINE_COUNTERS:
             setattr(engine, name, header.engine[name])
         # Counted anew, since another rank count may accumulate over another number of micro-batches.
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        if header.world_size == ranks:
-            _set_generator_states(header.generators[rank])
+        _set_generator_states(generators)
     return CheckpointState(header.step, header.counters, header.identity, header.world_size)
 
 
@@ -211,10 +216,25 @@ def check_shapes(source: str, saved: Mapping[str, list[int]], live: Mapping[str,
             raise UserError(f"{source}: {name} has shape {shape} there and {live[name]} here; give the model it was of")
 
 
-def _set_generator_states(states: Mapping[str, str]) -> None:
+def _generator_states(source: Path, states: Mapping[str, str]) -> dict[str, Tensor]:
+    """A rank's generator states by device, uint8; ``UserError`` for one that no generator of this machine takes."""
+    if "cpu" not in states:
+        raise UserError(f"{source}: generators lack cpu; use another checkpoint")
+    found = {}
     for device, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            continue
+        try:
+            found[device] = torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+            torch.Generator(device).set_state(found[device])
+        except (ValueError, RuntimeError):
+            raise UserError(f"{source}: generators: {device} is no state of one; use another checkpoint") from None
+    return found
+
+
+def _set_generator_states(states: Mapping[str, Tensor]) -> None:
+    for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
-        elif torch.cuda.is_available():
+        else:
             torch.cuda.set_rng_state(state)

@@ -75,7 +75,7 @@ class Header(_Record):
     parameters: dict[str, list[NonNegativeInt]]
     scalars: dict[str, dict[str, int | float]]
     counters: dict[str, Any]
-    engine: dict[str, int]
+    engine: dict[str, NonNegativeInt]
     generators: list[dict[str, str]]
     identity: dict[str, Any]
 

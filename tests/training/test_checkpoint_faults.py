@@ -4,12 +4,14 @@ import errno
 import functools
 import hashlib
 import importlib
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from engines import make_engine, train
+from engines import equal, full_state, make_engine, train
 
 from megaresid.errors import UserError
 from megaresid.training import checkpoint_format, saver
@@ -275,6 +277,62 @@ def test_loading_a_damaged_file_is_an_error_on_all_ranks_and_changes_nothing(ran
         ranks2.run(load_with_a_flipped_bit, tmp_path / "checkpoints", load, at)
 
 
+def load_with_another_header(folder, change, value):
+    """The marker agrees with the header: what is wrong is what was written."""
+    engine, parameters = make_engine(1)
+    train(engine, range(1))
+    path = save_checkpoint(engine, parameters, folder, step=1, counters={}, identity={})
+    train(engine, range(1))
+    before = full_state(engine, parameters), engine.global_steps, engine.micro_steps, torch.get_rng_state()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        header, marker = (json.loads((path / name).read_text()) for name in ("checkpoint.json", "complete.json"))
+        change(header, value)
+        written = json.dumps(header).encode()
+        (path / "checkpoint.json").write_bytes(written)
+        marker["files"]["checkpoint.json"] = {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+        (path / "complete.json").write_text(json.dumps(marker))
+    dist.barrier()
+    try:
+        load_checkpoint(engine, parameters, path)
+    finally:
+        assert equal(full_state(engine, parameters), before[0])
+        assert (engine.global_steps, engine.micro_steps) == before[1:3]
+        assert torch.equal(torch.get_rng_state(), before[3])
+        engine.destroy()
+
+
+def without_a_counter(header, name):
+    del header["engine"][name]
+
+
+def with_a_counter(header, number):
+    header["engine"]["global_steps"] = number
+
+
+def with_generator_of_rank_1(header, states):
+    header["generators"][1] = states
+
+
+@pytest.mark.parametrize(
+    "change, value, message",
+    [
+        *((without_a_counter, name, f"engine lacks {name}") for name in ("global_steps", "global_samples")),
+        (without_a_counter, "skipped_steps", "engine lacks skipped_steps"),
+        (with_a_counter, -1, "engine.global_steps: Input should be greater than or equal to 0"),
+        (with_generator_of_rank_1, {}, "generators lack cpu"),
+        (with_generator_of_rank_1, {"cpu": "AAAA"}, "generators: cpu is no state"),
+        (with_generator_of_rank_1, {"cpu": "AAA"}, "generators: cpu is no state"),
+        (with_generator_of_rank_1, {"cpu": "\u00e9"}, "generators: cpu is no state"),
+    ],
+)
+def test_a_header_without_all_that_a_resume_needs_is_refused_before_anything_changes(
+    ranks2, tmp_path, change, value, message
+):
+    with pytest.raises(UserError, match=f"step_00000001/checkpoint.json: {message}"):
+        ranks2.run(load_with_another_header, tmp_path / "checkpoints", change, value)
+
+
 def save_damage_and_load_newest(folder, damaged, name, at):
     """Saves steps 1 to 3, flips a bit of ``name`` in each of ``damaged``, and loads the newest that is whole."""
     engine, parameters = make_engine(1)
@@ -285,7 +343,9 @@ def save_damage_and_load_newest(folder, damaged, name, at):
     if dist.get_rank() == 0:
         for step in damaged:
             file = folder / f"step_{step:08d}" / name
-            file.write_bytes((data := bytearray(file.read_bytes()))[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            data = bytearray(file.read_bytes())
+            data[at] ^= 1
+            file.write_bytes(data)
     dist.barrier()
     try:
         state, path, problems = load_newest(engine, parameters, find_checkpoint(folder))
@@ -294,7 +354,7 @@ def save_damage_and_load_newest(folder, damaged, name, at):
         engine.destroy()
 
 
-@pytest.mark.parametrize("name, at", [("rank_00001.safetensors", 12), ("rank_00000.safetensors", 4000)])
+@pytest.mark.parametrize("name, at", [("rank_00001.safetensors", 12), ("rank_00000.safetensors", -5)])
 def test_of_damaged_checkpoints_the_newest_whole_one_is_loaded_and_they_lose_their_names(ranks2, tmp_path, name, at):
     for step, path, problems in ranks2.run(save_damage_and_load_newest, tmp_path / "checkpoints", (2, 3), name, at):
         assert (step, path) == (1, "step_00000001") and len(problems) == 2

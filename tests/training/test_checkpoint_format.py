@@ -36,7 +36,7 @@ def write(path: Path, runs: list[dict[str, tuple[int, int]]], parameters=PARAMET
         "scalars": {},
         "counters": {},
         "engine": {},
-        "generators": [],
+        "generators": [{}] * changes.get("world_size", len(runs)),
         "identity": {},
     }
     (path / "checkpoint.json").write_text(json.dumps(header | changes))
@@ -75,9 +75,14 @@ def test_any_cutting_into_runs_reads_back_at_any_offset(tmp_path_factory, data):
     assert torch.equal(out, parameters["x"][begin:end])
 
 
-def test_a_gap_between_the_runs_is_an_error(tmp_path):
-    path = write(tmp_path / "step_00000005", [{"a.weight": (0, 7), "b": (0, 1)}, {"a.weight": (8, 7)}])
-    with pytest.raises(UserError, match="element 7 of parameter a.weight"):
+@pytest.mark.parametrize(
+    "twice, message",
+    [([], "have 14 of 15 elements of a.weight"), ([{"a.weight": (0, 1)}], "element 7 of parameter a.weight")],
+    ids=["fewer", "as many"],
+)
+def test_a_gap_between_the_runs_is_an_error(tmp_path, twice, message):
+    path = write(tmp_path / "step_00000005", [{"a.weight": (0, 7), "b": (0, 1)}, {"a.weight": (8, 7)}, *twice])
+    with pytest.raises(UserError, match=message):
         read_parameters(path)
 
 
