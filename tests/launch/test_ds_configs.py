@@ -64,6 +64,8 @@ def test_every_value_is_one_step_of_adamw_under_the_engine(monkeypatch):
     The gradient of the loss is all ones, clipped to the norm 1.5; AdamW's first step has magnitude lr whatever it is.
     """
     torch = pytest.importorskip("torch")
+    # ZeRO-3 puts a linear map of its own there, for good.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
     import deepspeed
 
     if torch.cuda.is_available():
