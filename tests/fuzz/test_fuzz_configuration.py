@@ -82,7 +82,7 @@ ENTRIES = st.lists(
 ).map("".join)
 
 
-@fuzz(800, text=ENTRIES)
+@fuzz(400, text=ENTRIES)
 def test_evaluations(folder, text):
     entries = chosen.parse(text)
     for entry in entries:

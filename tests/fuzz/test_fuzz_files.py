@@ -208,7 +208,7 @@ def changed_file(path: Path, change, keys: list[str]) -> bytes:
 NAMES = ["checkpoint.json", "complete.json", "rank_00000.safetensors", "rank_00001.safetensors"]
 
 
-@fuzz(80, name=st.sampled_from(NAMES), change=st.data(), agreeing=st.sampled_from([True, True, False]))
+@fuzz(200, name=st.sampled_from(NAMES), change=st.data(), agreeing=st.sampled_from([True, True, False]))
 def test_checkpoints(folder, name, change, agreeing):
     """A file of a checkpoint, with a marker that agrees with it: as somebody would make it who wants to be read."""
     sound = once(folder, run_with_checkpoint)
