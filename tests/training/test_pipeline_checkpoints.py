@@ -30,11 +30,11 @@ def start(options: dict, stage: int, folder: str, first: int):
     return engine, gpt_runs.micro_batches(config, engine.batch, engine.data_rank, first)
 
 
-def run(engine, source, steps: range) -> list[tuple[float, float]]:
+def run(engine, source, steps: range, rate: float = 0.01) -> list[tuple[float, float]]:
     course = []
     for step in steps:
         engine.set_step(step + 1)
-        result = engine.train_step(source, 0.01 * (1 + step % 3))
+        result = engine.train_step(source, rate * (1 + step % 3))
         course.append((result.mean_loss, result.gradient_norm))
     return course
 
@@ -43,9 +43,10 @@ def uninterrupted(options: dict, stage: int, folder: str):
     """Runs on every rank: the course of all steps, saved in the midst and at the end."""
     gpt_runs.STEPS = STEPS
     engine, source = start(options, stage, folder, 0)
-    course = run(engine, source, range(STOP))
+    rate = options.get("learning_rate", 0.01)
+    course = run(engine, source, range(STOP), rate)
     save(engine, folder, STOP)
-    course += run(engine, source, range(STOP, STEPS))
+    course += run(engine, source, range(STOP, STEPS), rate)
     engine.deepspeed.destroy()
     return course
 
@@ -61,7 +62,7 @@ def resumed(options: dict, stage: int, folder: str, name: str):
     state = load_checkpoint(engine.deepspeed, engine.parameters, Path(folder) / f"step_{STOP:08d}")
     assert state.step == STOP and engine.deepspeed.global_steps == STOP
     again = save(engine, f"{folder}/{name}", STOP)
-    course = run(engine, source, range(STOP, STEPS))
+    course = run(engine, source, range(STOP, STEPS), options.get("learning_rate", 0.01))
     engine.deepspeed.destroy()
     return course, again
 
@@ -89,6 +90,9 @@ def assert_same_state(first: Path, second: Path) -> None:
 
 VANILLA, HISTORY = {}, {"residual": "dense_former"}
 MIXED = {"residual": "hyper_connections", "attention": "gated_delta_net + softmax"}
+# At 0.01 to 0.03 it bounces on its plateau from step 21 on, and roundings grow a hundredfold in four steps: weights
+# moved by 3e-8 of themselves, with the same cut, end 1e-5 off in the loss. At 0.003 to 0.009 they stay within 2e-7.
+MIXED |= {"learning_rate": 0.003}
 
 
 @pytest.mark.parametrize(
