@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import write_tensors
 
 from data_prep.__main__ import main as data_prep
 from megaresid.errors import UserError
@@ -213,7 +214,7 @@ def test_a_checkpoint_that_is_not_there(workplace, capsys):
 def test_a_checkpoint_of_another_run(workplace, capsys):
     """Judged by its header alone, before any rank is joined."""
     from megaresid.config import parse
-    from megaresid.training.checkpoint_format import FileRecord, Header, Marker, write_record, write_tensors
+    from megaresid.training.checkpoint_format import Header, Marker, rank_file, write_record
     from megaresid.training.prepare import prepare
 
     options = {"--data": workplace / "data", "--run-dir": workplace / "run"}
@@ -224,8 +225,7 @@ def test_a_checkpoint_of_another_run(workplace, capsys):
     checkpoint.mkdir()
     header = {"step": 2, "world_size": 1, "parameters": {"embed.tokens.weight": [50304, 128]}, "scalars": {}}
     header |= {"counters": {}, "engine": {}, "generators": [{}], "identity": prepared.identity | {"seed": 7}}
-    tensors = checkpoint / "rank_00000.safetensors"
-    records: dict[str, FileRecord] = {tensors.name: write_tensors(tensors, {}, {})}
+    records = {rank_file(0): write_tensors(checkpoint / rank_file(0), {}, {})}
     records["checkpoint.json"] = write_record(checkpoint / "checkpoint.json", Header(**header))
     write_record(checkpoint / "complete.json", Marker(files=records))
 
