@@ -64,7 +64,8 @@ wanted_environment() {
 }
 
 has_gpu() {
-    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+    # Not -q, which leaves at the first GPU: nvidia-smi, with more to say, then fails, and the pipe with it.
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null
 }
 
 # The GPU extra is never taken away: a login node without a GPU may share the checkout with nodes that have one.

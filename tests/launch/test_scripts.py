@@ -173,7 +173,8 @@ def test_quickstart_stops_where_training_fails(checkout):
 
 
 def test_quickstart_uses_every_gpu(checkout):
-    write_program(checkout / ".venv/bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: H200'\necho 'GPU 1: H200'\n")
+    """Also where the second one is told of when the first has been read."""
+    write_program(checkout / ".venv/bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: H200'\nsleep 0.1\necho 'GPU 1: H200'\n")
     assert run("bash", "launch/quickstart.sh").returncode == 0
     options = training_options(checkout)
     assert options["--num_accelerators"] == "2" and options["--deepspeed_config"] == "ds_configs/h200x2.json"
@@ -243,7 +244,7 @@ def test_the_sites_torch_must_be_one_that_pip_takes(checkout, tmp_path, version,
 
 SCONTROL = """#!/bin/sh
 case "$1" in
-show) printf 'node-1\\nnode-2\\n' ;;
+show) echo node-1; sleep 0.1; echo node-2 ;; # one by one, as of many machines
 *) printf '%s\\n' scontrol "$@" --- >> calls ;;
 esac
 """
