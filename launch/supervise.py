@@ -263,7 +263,9 @@ def name(received: signal.struct_siginfo) -> str:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    # In one write: where Python does not buffer, print makes two, and a rank's line could come between.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.__main__ import main as data_prep
@@ -149,6 +151,15 @@ def family(pid: int) -> list[int]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return found
+
+
+def left_of(pids: Iterable[int]) -> list[int]:
+    """Those that live on, and what is below them. The system closes a killed process's output a moment before it counts
+    it as dead, so that they are given a second."""
+    pids, deadline = list(pids), time.monotonic() + 1
+    while (left := [one for pid in pids for one in family(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
 
 
 def living(run: Path) -> list[int]:

@@ -5,7 +5,7 @@ import re
 import signal
 
 import pytest
-from supervised_runs import Started, family, launcher, living, make_workplace, ranks_of, training
+from supervised_runs import Started, family, launcher, left_of, living, make_workplace, ranks_of, training
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_killed_supervisor_leaves_no_rank(root, name):
         below = family(started.pid)
         started.signal(signal.SIGKILL)
         started.code()
-        assert not any(family(pid) for pid in below) and living(root / run) == []
+        assert left_of(below) == [] and living(root / run) == []
 
 
 @pytest.mark.full

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from supervised_runs import ROOT, Started, family, living
+from supervised_runs import ROOT, Started, family, left_of, living
 
 SUPERVISE = ROOT / "launch/supervise.py"
 RANK = """
@@ -18,6 +18,12 @@ from megaresid.training.supervisor import Report, die_with_launcher
 
 rank, how = int(os.environ["RANK"]), sys.argv[1].split(",")
 how = how[min(rank, len(how) - 1)]
+
+
+def tell(line):
+    os.write(1, f"{line}\\n".encode())  # at once: of an unbuffered print, the ranks' lines mingle
+
+
 die_with_launcher()
 wishes, step = Wishes(), 0
 os.environ["WORLD_SIZE"] = "1"
@@ -28,10 +34,10 @@ with wishes.listening():
             step += 1
             report.at(step)
             if step == 3:
-                print(f"rank {rank} is {os.getpid()}", flush=True)
+                tell(f"rank {rank} is {os.getpid()}")
             if wishes._save:
                 wishes._save = False
-                print(f"rank {rank} saves", flush=True)
+                tell(f"rank {rank} saves")
             if step == 3 and how == "fails":
                 raise RuntimeError("no luck")
             if step == 3 and how.isdecimal():
@@ -45,8 +51,8 @@ import os, subprocess, sys, time
 if "below" not in sys.argv:
     sys.exit(max(0, subprocess.call([sys.executable, *sys.argv, "below"])))
 command = [sys.executable, *sys.argv[1:]]
+os.write(1, f"launcher is {os.getpid()} below {os.getppid()}\\n".encode())
 ranks = [subprocess.Popen(command, env={**os.environ, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
-print("launcher is", os.getpid(), "below", os.getppid(), flush=True)
 codes = [rank.wait() for rank in ranks]
 sys.exit(max(codes))
 """
@@ -103,7 +109,7 @@ def test_usr1_wishes_for_one_save_and_the_run_goes_on(launch):
     with launch("well") as started:
         ready(started)
         started.signal(signal.SIGUSR1)
-        started.until("rank 0 saves")
+        started.until(r"rank \d saves")  # one of them, whose wish becomes all ranks'
         started.signal(signal.SIGTERM)
         assert started.code() == 75 and started.said().count("saves") == 1
 
@@ -142,7 +148,7 @@ def test_no_rank_outlives_the_supervisor(launch):
         ranks, launcher = ready(started)
         started.signal(signal.SIGKILL)
         assert started.code() == -signal.SIGKILL  # and its output is closed: nobody holds it any more
-        assert not any(family(pid) for pid in (*ranks.values(), launcher))
+        assert left_of([*ranks.values(), launcher]) == []
 
 
 def test_a_rank_that_dies_ends_the_others_by_name_and_step(launch):
