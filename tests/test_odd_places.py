@@ -41,10 +41,11 @@ def test_a_run_is_trained_resumed_and_summed_up_there(place):
     """Root may write anywhere: what shows that nothing was is that the data folder is as it was."""
     data = place.parent / "my data"
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in data.iterdir()}
-    # Without UTF-8 mode, into which Python would go by itself, every text file would be read and written as ASCII.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LC_")}
-    environment |= {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "DS_ACCELERATOR": "cpu"}
-    code = "import sys, os; from megaresid.train import main; main(sys.argv[1:])"
+    # Python goes into UTF-8 mode by itself there. Kept out of it, torch cannot read its own templates, nor TensorBoard
+    # write to this folder: that such a run cannot be is theirs to mend.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
+    environment |= {"LANG": "C", "LC_ALL": "C", "DS_ACCELERATOR": "cpu"}
+    code = "import sys; from megaresid.train import main; main(sys.argv[1:])"
     run = place / "runs \u00e9/\u65e5\u672c \U0001f40b"
 
     def start(*options: str) -> subprocess.CompletedProcess:
