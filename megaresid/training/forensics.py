@@ -124,6 +124,8 @@ def read_step(run: Path, step: int) -> dict[str, Any]:
 def parameter_and_gradient_norms(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
     """(norm of the parameter, norm of its gradient) by canonical name, of the whole model; what is not finite makes its
     norm so. Every rank calls it, after the last backward pass of a step and before the update."""
+    # A pipeline's last stage has a copy of the first one's tied matrix, which counts once.
+    parameters = {name: p for name, p in parameters.items() if not getattr(p, "ds_pipe_replicated", False)}
     whole: dict[str, list[float]] = {}
     squares: dict[str, list[float]] = {name: [0.0, 0.0] for name in parameters}
     for fragment in live_state(engine, parameters).fragments:

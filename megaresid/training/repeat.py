@@ -115,7 +115,7 @@ def open_step(run: Path, step: int | None, data: tuple[Path, ...] = ()) -> BadSt
     kept = read_step(run, steps[0] if step is None else step)
     config = from_flat(stored, str(run / "config.json"))
     # As one rank; the graphs of a compiled model would hide its modules' outputs.
-    changes = {"compile": False} | ({"pipeline_stages": 1} if hasattr(config.execution, "pipeline_stages") else {})
+    changes = {"compile": False, "pipeline_stages": 1}
     micro = len(kept["ranks"][0]["samples"][0])
     config = config.model_copy(
         update={
@@ -249,7 +249,8 @@ def _start(engine: Engine, bad: BadStep) -> tuple[int, dict[str, Any], list[dict
     if bad.start:
         state = load_checkpoint(engine.deepspeed, engine.parameters, bad.start)
         with SavedState(bad.start) as saved:
-            return state.step, state.counters, list(saved.header.generators)
+            # Of a pipeline's ranks, which stand stage by stage, those of the last stage, as are those of the bad step.
+            return state.step, state.counters, list(saved.header.generators[-len(bad.kept["ranks"]) :])
     if weights := bad.config.run.init_from:
         copy = copy_exported if is_folder(weights) else copy_parameters
         copy(engine.deepspeed, engine.parameters, weights)
