@@ -1,7 +1,7 @@
 """A user's own classes: which they are, from where they may come, and their mistakes told as a user's are."""
 
 import importlib.util
-import inspect
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +59,11 @@ def mistakes_told() -> Iterator[None]:
 
 
 def _place(error: Exception) -> str | None:
-    files = {inspect.getfile(cls) for cls in CLASSES}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    # A class whose module has been taken out of the process has no file any more.
+    files = {cls: sys.modules[cls.__module__].__file__ for cls in CLASSES if cls.__module__ in sys.modules}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files.values()]
     if frames:
         return f"{frames[-1].filename}, line {frames[-1].lineno}"
     # A call that does not fit a signature fails before the class's own code runs.
-    named = [cls for cls in CLASSES if isinstance(error, TypeError) and f"{cls.__qualname__}." in str(error)]
-    return f"{inspect.getfile(named[0])}, class {named[0].__qualname__}" if named else None
+    named = [cls for cls in files if isinstance(error, TypeError) and f"{cls.__qualname__}." in str(error)]
+    return f"{files[named[0]]}, class {named[0].__qualname__}" if named else None
