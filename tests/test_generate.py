@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import write_tensors
 
 from data_prep.tokenizer import gpt2_encoding
 from megaresid import generate as command
@@ -16,7 +17,7 @@ from megaresid.generate import generate
 from megaresid.model.gpt import build, canonical_parameters, set_step
 from megaresid.sampling import Sampling, continuation
 from megaresid.saved_run import load_model, run_of
-from megaresid.training.checkpoint_format import Header, Marker, write_record, write_tensors
+from megaresid.training.checkpoint_format import Header, Marker, write_record
 from megaresid.training.run_dir import write_json
 
 OPTIONS = "--data data --run-dir run --deepspeed_config ds.json --model tiny --layers 2 --width 16 --context 8"
