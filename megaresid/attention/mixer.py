@@ -1,5 +1,6 @@
 """The interface of mixers: what carries information between tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, ClassVar
@@ -12,6 +13,7 @@ from megaresid.attention.cache import Cache
 from megaresid.attention.kind import Kind
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading
 from megaresid.spec import Component, Options, Registry, write
 
 Side = tuple[torch.Tensor, ...]
@@ -63,6 +65,13 @@ class Mixer(nn.Module):
         """``side`` is what mixers share over depth; a mixer returns it as it is or with its own entries added. With a
         ``cache``, x goes on where the last call with it ended."""
         raise UserError(f"attention {MIXERS.name_of(type(self))!r} has no forward(x, side, cache=None): give it one")
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        """What it shows of itself in diagnostics, by name, for these inputs.
+
+        Pure: recomputed from the inputs, without gradients, in evaluation mode; called while its parameters are whole.
+        """
+        return {}
 
     @classmethod
     def needs_of(cls, options: Options) -> str:

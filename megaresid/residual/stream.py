@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaresid.model.init import Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading
 from megaresid.residual.cost import Cost
 from megaresid.spec import Options, Registry
 
@@ -106,6 +107,13 @@ class Site(nn.Module):
     def use(self, shared: Mapping[str, nn.Module]) -> None:
         """Take what the variant's ``shared`` made; it belongs to the model, so it must not be registered here."""
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        """What the site shows of itself in diagnostics, by name, for the state that it is given.
+
+        Pure: recomputed from the state, without gradients, in evaluation mode; called while its parameters are whole.
+        """
+        return {}
+
 
 class Close(nn.Module):
     """Ends the stream: one tensor from the state, then the final norm.
@@ -124,6 +132,10 @@ class Close(nn.Module):
 
     def close(self, state: State) -> torch.Tensor:
         return state[0]
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        """As a site's, for the state that is closed."""
+        return {}
 
     def forward(self, tensors: State) -> torch.Tensor:
         return self.norm(self.close(tensors[: self.state_length]))
