@@ -21,6 +21,7 @@ from megaresid.model.gpt import build, canonical_parameters, canonical_rules, se
 from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 from megaresid.training.health import finite
+from megaresid.training.initial import parameter_starts
 from megaresid.training.machine import ranks_on_this_machine
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
 from megaresid.training.rules import overridden
@@ -41,8 +42,9 @@ class StepResult:
 class Engine:
     """A model under ``deepspeed.initialize``; every method is called by every rank.
 
-    ``parameters`` maps canonical names to the live parameters; ``set_step(step)`` serves what depends on the step. For
-    evaluation, ``context`` is the most tokens of a sequence, ``vocab_size`` counts the ids that can be predicted, and
+    ``parameters`` maps canonical names to the live parameters; ``starts`` is how they started, on rank 0 alone (in a
+    pipeline, on each rank those of its stage). ``set_step(step)`` serves what depends on the step. For evaluation,
+    ``context`` is the most tokens of a sequence, ``vocab_size`` counts the ids that can be predicted, and
     ``positions_per_forward`` the positions of one forward, which training's memory is known to allow.
     """
 
@@ -51,6 +53,7 @@ class Engine:
         self.parameters = canonical_parameters(model, model.prefixes)
         rules = overridden(canonical_rules(model, model.prefixes, plan), config.optimizer.parameter_rules)
         groups = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
+        self.starts = parameter_starts(self.parameters, rules) if torch.distributed.get_rank() == 0 else {}
         self.device = torch.device(get_accelerator().current_device_name())
         module = model
         if config.execution.compile:

@@ -29,6 +29,7 @@ from megaresid.model.plan import ModelPlan
 from megaresid.training.ds_config import Batch, DeepSpeedConfig
 from megaresid.training.engine import StepResult, evaluating
 from megaresid.training.health import finite
+from megaresid.training.initial import parameter_starts
 from megaresid.training.optimizer import parameter_groups, set_learning_rate, total_norm
 from megaresid.training.rules import overridden
 
@@ -160,6 +161,7 @@ class PipelineEngine:
             whole = GPT(plan)  # a text may match parameters of other stages alone
         rules = overridden(canonical_rules(whole, whole.prefixes, plan), config.optimizer.parameter_rules)
         grouped = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
+        self.starts = parameter_starts(self.parameters, rules)
         self.device = torch.device(get_accelerator().current_device_name())
         self.set_step = functools.partial(set_step, module)
         self.deepspeed = Schedule(module, grouped, ds_config.engine, config.optimizer.clip)

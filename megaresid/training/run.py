@@ -29,6 +29,7 @@ from megaresid.training.engine import Engine, start_process_group
 from megaresid.training.forensics import Forensics
 from megaresid.training.health import Health
 from megaresid.training.identity import describe
+from megaresid.training.initial import data_order
 from megaresid.training.loop import Course, Outcome, train
 from megaresid.training.pipeline_engine import PipelineEngine
 from megaresid.training.prepare import Prepared
@@ -112,6 +113,8 @@ def _train(
     )
     health = Health(config.health, counters.get("health"))
     recorder = _on_rank_0(lambda: _start_record(directory, prepared, course, engine.device))
+    if first == 0:
+        _record_start(engine, prepared, directory)
     saver = Saver(
         engine.deepspeed,
         engine.parameters,
@@ -197,6 +200,18 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, Any], P
     return state.step, state.counters, resume
 
 
+def _record_start(engine: Engine, prepared: Prepared, directory: RunDirectory | None) -> None:
+    """Write the digests of what the run starts from, which a pipeline's stages have in parts. Called by every rank."""
+    stages = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(stages, engine.starts)
+    if directory:
+        starts = {name: start for stage in stages for name, start in stage.items()}
+        shape, run = prepared.plan.shape, prepared.config.run
+        order = data_order(prepared.data, shape.context, prepared.batch.sequences, run.seed)
+        weights = str(prepared.weights) if prepared.weights else None
+        directory.write("initial.json", {"order": order, "weights_from": weights, "parameters": starts})
+
+
 def _pending(prepared: Prepared, first: int) -> set[str]:
     """The names of the hooks that have no numbers of step ``first`` in the run directory: all of them in a new run."""
     measured = [set()]
@@ -249,7 +264,11 @@ def _describe(directory: RunDirectory, prepared: Prepared, device: torch.device)
     kernels = self_check(plan.kinds(), device, dtype, plan.documents)
     directory.write("config.json", prepared.config.flat())
     directory.write("ds_config.json", prepared.ds_config.engine | prepared.ds_config.monitors)
-    directory.write("spec.json", prepared.plan.tree() | {"hash": prepared.plan.hash})
+    cost = {
+        "parameters": sum(parameters_by_component(plan).values()),
+        "flops_per_token": training_flops_per_token(plan),
+    }
+    directory.write("spec.json", plan.tree() | {"hash": plan.hash} | cost)
     directory.write("environment.json", environment() | {"kernels": kernels})
     changes = {"changes": [change.model_dump() for change in prepared.changes]} if prepared.changes else {}
     directory.write("data.json", prepared.data.record() | changes)
