@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy in fp32 or wider, without gradients: a parameter changes, and goes away where ranks share it out."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 @dataclass(frozen=True)
@@ -10,6 +16,9 @@ class Values:
     """A gate, a scale, a lambda, a decay: any shape; a scalar of its mean, and a histogram where there are several."""
 
     values: Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", _kept(self.values))
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,18 @@ class Depth:
     weights: Tensor
     sources: tuple[str, ...]
 
+    def __post_init__(self):
+        object.__setattr__(self, "weights", _kept(self.weights))
+
 
 @dataclass(frozen=True)
 class Mixing:
     """A matrix [n, n], or [B, T, n, n] by token, from the streams before a site (columns) to those after it (rows)."""
 
     matrix: Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "matrix", _kept(self.matrix))
 
 
 Reading = Values | Depth | Mixing
