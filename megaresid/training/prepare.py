@@ -59,9 +59,10 @@ class Prepared:
         return values | ({HISTORY: [change.model_dump() for change in self.changes]} if self.changes else {})
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Check a configuration against the files and the launcher's environment; raises UserError."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def prepare(config: RunConfig, ranks: int | None = None) -> Prepared:
+    """Check a configuration against the files and the launcher's environment, which knows the ranks where they are not
+    given; raises UserError."""
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     run = config.run
     batch = plan_batch(config, data_parallel_ranks(config, ranks))
     ds_config = resolve(run.deepspeed_config, config, batch)
