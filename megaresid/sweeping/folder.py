@@ -11,7 +11,8 @@
 """
 
 import fcntl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from megaresid.json_text import parse_json
 from megaresid.training.run_dir import read_metrics, write_json
 
 SCHEMA = 1
-FILE, LOCK = "sweep.json", ".lock"
+FILE, LOCK, MEASURING = "sweep.json", ".lock", ".measuring"
+WAIT_SECONDS = 0.5
 
 
 class Record(BaseModel):
@@ -124,6 +126,21 @@ class Folder:
                 raise UserError(f"--out {self.path}: another sweep is at work there: wait for it") from None
             yield
 
+    @contextmanager
+    def measuring(self, given_up: Callable[[], bool]) -> Iterator[bool]:
+        """Measure the time of steps while nobody else does; False where that was given up before it was one's turn."""
+        with open(self.path / MEASURING, "a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield True
+                    return
+                except BlockingIOError:
+                    if given_up():
+                        yield False
+                        return
+                time.sleep(WAIT_SECONDS)
+
     def record_outcome(self, name: str, code: int, line: str) -> None:
         path = self._outcome(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,8 +199,6 @@ def merged(old: Sweep, new: Sweep, out: Path) -> Sweep:
         measured = {"steps"} if new.budget.startswith("seconds") else set()
         for key in run.config.keys() | now.keys():
             if key not in measured and run.config.get(key) != now.get(key):
-                raise UserError(
-                    f"--out {out}: run {run.name} of its sweep has {key}={run.config.get(key)!r}, and the command gives "
-                    f"{now.get(key)!r}: {mend}"
-                )
+                was, wants = run.config.get(key), now.get(key)
+                raise UserError(f"--out {out}: its run {run.name} has {key}={was!r}, and the command {wants!r}: {mend}")
     return new.model_copy(update={"runs": (*old.runs, *wanted.values()), "step_seconds": old.step_seconds})
