@@ -151,6 +151,8 @@ class IntervalOptions(Section):
     """How many of the newest checkpoints are kept; 0 for all."""
     keep_every: int = 0
     """Checkpoints of every so many steps are kept for good; 0 for none."""
+    diagnose_interval: int = 250
+    """What the stream, the sites and the mixers do over depth, in metrics.jsonl and TensorBoard; not in a pipeline."""
 
 
 class HealthOptions(Section):
@@ -364,6 +366,7 @@ def _check(config: RunConfig) -> None:
     at_least_one += ("pipeline_stages",)
     at_least_one += ("spike_threshold", "spike_window", "max_bad_steps")
     not_negative = ("log_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "seed", "clip")
+    not_negative += ("diagnose_interval",)
     not_negative += ("learning_rate", "min_learning_rate", "weight_decay", "hang_timeout")
     for key in at_least_one + not_negative:
         least = int(key in at_least_one)

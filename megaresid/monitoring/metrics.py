@@ -5,15 +5,20 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megaresid.monitoring.tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Number = float | int | None
 SCHEMA = 1
@@ -47,6 +52,7 @@ class Recorder:
         self._task = self._progress.add_task("training", total=steps, completed=first_step)
         self._steps = steps
         self._refused = False
+        self._diagnosed = False
 
     def __enter__(self) -> "Recorder":
         self._progress.start()
@@ -77,6 +83,21 @@ class Recorder:
         if self._monitors is not None:
             with self._unless_refused():
                 self._monitors.write_events([(name, value, step) for name, value in known.items()])
+
+    def diagnosis(self, step: int, row: dict[str, Number], samples: Mapping[str, np.ndarray]) -> None:
+        """Store what diagnostics found at ``step``: numbers as ``record`` does, and values for histograms."""
+        self.record(step, row)
+        with self._unless_refused():
+            if not self._diagnosed:
+                self._tensorboard.charts_by_depth(row)
+            self._diagnosed = True
+            for name, values in samples.items():
+                if len(finite := values[np.isfinite(values)]):
+                    self._tensorboard.histogram(name, finite, step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        with self._unless_refused():
+            self._tensorboard.figure(name, figure, step)
 
     @contextmanager
     def _unless_refused(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -55,7 +55,7 @@ class Engine:
         groups = parameter_groups(self.parameters, rules, config.optimizer, ds_config.epsilon)
         self.starts = parameter_starts(self.parameters, rules) if torch.distributed.get_rank() == 0 else {}
         self.device = torch.device(get_accelerator().current_device_name())
-        module = model
+        self.model = module = model
         if config.execution.compile:
             # Where it can be one graph: an error rather than parts that silently run uncompiled.
             module = compile_model(model, fullgraph=plan.one_graph(self.device, ds_config.product_dtype))
@@ -117,6 +117,10 @@ class Engine:
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def whole(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager:
+        """These parameters whole while a block runs: ZeRO-3 gathers them. They must not be changed there."""
+        return deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
 
     @torch.no_grad()
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from megaresid.errors import UserError
 from megaresid.evaluation.hook import Hook
 from megaresid.evaluation.running import Hooks
 from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
+from megaresid.training.diagnostics import Diagnostics
 from megaresid.training.engine import Engine, StepResult
 from megaresid.training.forensics import Forensics
 from megaresid.training.health import Health, Next
@@ -80,6 +81,7 @@ def train(
     health: Health | None = None,
     forensics: Forensics | None = None,
     wishes: Wishes | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> Outcome:
     """Train from ``course.first`` to ``course.steps``. Called by every rank; ``recorder`` is rank 0's alone.
 
@@ -92,6 +94,8 @@ def train(
 
     ``wishes`` are asked after every step. At a wish to stop the state is saved, and evaluations that were due are left
     to the resumed run; between two evaluations a wish to stop is heard too.
+
+    ``diagnostics`` are of the model after the steps at which they are due, and outside of the time that is trained.
     """
     health = health or Health(HealthOptions())
     wishes = wishes or Wishes()
@@ -114,7 +118,9 @@ def train(
         done = step + 1
         if forensics:
             forensics.begin()
-        result = engine.train_step(micro_batches, rate, _judge(engine, health, forensics, done, rate, say))
+        accepts = _judge(engine, health, forensics, done, rate, say)
+        diagnosing = diagnostics is not None and diagnostics.due(done)
+        result = engine.train_step(micro_batches, rate, diagnostics.noting(accepts) if diagnosing else accepts)
         skipped += result.skipped
         _tell(health, done, say)
         last, due = done == course.steps, evaluation.due(done, course.steps)
@@ -132,6 +138,9 @@ def train(
                 recorder.record(done, row)
                 recorder.progress_line(done, row)
             logged_step, logged_seconds = done, clock.seconds()
+        if diagnosing:
+            with clock:
+                diagnostics.run(done)
         counters = {"training_seconds": clock.seconds(), "skipped_steps": skipped, "health": health.state()}
         counters |= {"skipped_batches": course.skipped_batches}
         if (onward := health.next()) is not Next.GO_ON:

@@ -25,6 +25,7 @@ from megaresid.model.pipeline import describe_stages
 from megaresid.monitoring.metrics import Recorder
 from megaresid.training import compiled_ops
 from megaresid.training.checkpoint import copy_parameters, load_checkpoint, load_newest
+from megaresid.training.diagnostics import Diagnostics, probe_tokens
 from megaresid.training.engine import Engine, start_process_group
 from megaresid.training.forensics import Forensics
 from megaresid.training.health import Health
@@ -138,6 +139,7 @@ def _train(
         last_step=config.run.steps + course.skipped_batches,
         pin=engine.device.type == "cuda",
     )
+    diagnostics = _diagnostics(engine, prepared, recorder)
     with recorder or nullcontext(), saver, loader:
         outcome = train(
             engine,
@@ -152,6 +154,7 @@ def _train(
             health=health,
             forensics=Forensics(config.run.run_dir, course.skipped_batches),
             wishes=wishes,
+            diagnostics=diagnostics,
         )
         saved = watchdog.followed(saver.saved, "saving")()
         if outcome in (Outcome.ROLL_BACK, Outcome.UNHEALTHY):
@@ -159,6 +162,20 @@ def _train(
             if recorder:
                 recorder.say(line)
     return outcome if saved or outcome not in (Outcome.FINISHED, Outcome.STOPPED) else Outcome.UNSAVED
+
+
+def _diagnostics(engine: Engine, prepared: Prepared, recorder: Recorder | None) -> Diagnostics | None:
+    """None where they are off, as in a pipeline, whose stages have no model to look at."""
+    config = prepared.config
+    if not config.interval.diagnose_interval:
+        return None
+    if config.execution.pipeline_stages > 1:
+        if recorder:
+            recorder.say("diagnose  not in a pipeline: python -m megaresid.inspect looks at its checkpoints")
+        return None
+    tokens = [_on_rank_0(lambda: probe_tokens(prepared.data, prepared.plan.shape))]
+    torch.distributed.broadcast_object_list(tokens, src=0)
+    return Diagnostics(engine, tokens[0], config.interval.diagnose_interval, recorder)
 
 
 def _on_rank_0(make: Callable[[], T]) -> T | None:
