@@ -43,12 +43,17 @@ class Sound:
 
 
 def compare(paths: Sequence[Path], baseline: str | None = None, allow: str | None = None) -> Comparison:
-    """Compare the runs at ``paths`` with the variant named ``baseline``, by default the one without a residual variant.
+    """Compare the runs at ``paths``, as ``compare_runs`` does. Raises UserError for a path that is no folder too."""
+    return compare_runs(read_runs(paths), baseline, allow)
+
+
+def compare_runs(found: Found, baseline: str | None = None, allow: str | None = None) -> Comparison:
+    """Compare variants with the one named ``baseline``, by default that of vanilla residual connections.
 
     ``allow`` is the reason for which runs are ranked although they differ in what should be equal. Raises UserError for
-    a path that is no folder, for a baseline that is not there, and where no run can be counted.
+    a baseline that is not there, and where no run can be counted.
     """
-    sound = sound_runs(read_runs(paths))
+    sound = sound_runs(found)
     reference = _baseline(sound.choices, baseline)
     refusal = _refusal(sound, allow)
     ordered = sorted(sound.choices, key=lambda choice: (choice is not reference, _mean_loss(choice), choice.group.name))
