@@ -64,7 +64,7 @@ class Start:
     def __init__(self, command: list[str], signals: set[signal.Signals]):
         self._signals = signals
         self._folder = Path(tempfile.mkdtemp(prefix="megaresid-"))
-        self._lock = open(self._folder / LOCK, "w")
+        self._lock = open(self._folder / LOCK, "wb")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.stopping = False
         self.fault: str | None = None  # what is known of the first rank that ended by one
@@ -171,7 +171,7 @@ def send(reports: list[dict], number: int) -> None:
 
 def lives(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
@@ -181,7 +181,7 @@ def descendants() -> list[tuple[int, int]]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
         except OSError:
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
@@ -242,7 +242,7 @@ def option(command: list[str], name: str, key: str) -> str | None:
             return value if equals else next(iter(command[position + 1 :]), None)
     if name != "config" and (path := option(command, "config", "config")):
         try:
-            return json.loads(Path(path).read_text()).get(key)
+            return json.loads(Path(path).read_bytes()).get(key)
         except (OSError, ValueError, AttributeError):
             pass
     return None

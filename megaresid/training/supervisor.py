@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ from megaresid.exit_codes import FAULT, USERS_MISTAKE
 
 FOLDER = "MEGARESID_SUPERVISOR"
 LOCK = "alive"
-_BYTES = 128  # of a report: rewritten in place by one call, so that a reader never sees half of one
+_BYTES = 128  # of a report: rewritten in place, which a full disk does not hinder
+_REWRITING = 1.0
+"""Seconds. A reader may come in the middle of a rewriting, and reads again; a busy machine may hold that up."""
 _PR_SET_PDEATHSIG = 1
 _SYSTEM = ("systemd", "init")
 
@@ -41,8 +44,10 @@ class Report:
         self._file = None
         if is_supervised():
             path = Path(os.environ[FOLDER], f"rank_{rank:05d}")
-            self._file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC)
+            aside = path.with_name(f".{path.name}")
+            self._file = os.open(aside, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC)
             self._write()
+            os.replace(aside, path)  # it is there with its first word in it
 
     def at(self, step: int) -> None:
         """The step that is being made, counted from 1."""
@@ -69,14 +74,21 @@ class Report:
 
 
 def read_reports(folder: Path) -> list[dict]:
-    """What the ranks have said, the one that spoke last last; a report that is just being made is left out."""
-    found = []
-    for path in folder.glob("rank_*"):
-        try:
-            found.append((path.stat().st_mtime_ns, json.loads(path.read_text())))
-        except ValueError:
-            continue
+    """What the ranks have said, the one that spoke last last."""
+    found = [(path.stat().st_mtime_ns, report) for path in folder.glob("rank_*") if (report := _read(path))]
     return [report for _, report in sorted(found, key=lambda pair: (pair[0], pair[1]["rank"]))]
+
+
+def _read(path: Path) -> dict | None:
+    """None where it stays half-written: the system has failed while the rank wrote."""
+    deadline = time.monotonic() + _REWRITING
+    while True:
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.001)
 
 
 def die_with_launcher() -> None:
@@ -99,7 +111,7 @@ def _is_the_systems(parent: int) -> bool:
     if not {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
         return False
     try:
-        return Path(f"/proc/{parent}/comm").read_text().strip() in _SYSTEM
+        return Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").strip() in _SYSTEM
     except OSError:
         return True
 
@@ -107,7 +119,7 @@ def _is_the_systems(parent: int) -> bool:
 def _die_with_supervisor() -> None:
     folder = Path(os.environ[FOLDER])
     try:
-        with open(folder / LOCK) as lock:
+        with open(folder / LOCK, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)  # until the supervisor is gone
     except OSError:  # its folder is gone already
         pass

@@ -123,7 +123,8 @@ class Watchdog:
         waiting = [rank for rank in found if rank not in blamed]
         if self._rank == min(waiting, default=0):
             for line in told(blamed, found, patience):
-                print(line, file=sys.stderr, flush=True)
+                sys.stderr.write(f"{line}\n")  # at once: of an unbuffered print, the ranks' lines mingle
+            sys.stderr.flush()
         else:
             time.sleep(4 * self._period)  # that the one who tells is not cut short by a launcher
         self._report.ends(FAULT)
@@ -143,7 +144,7 @@ class Watchdog:
         path = self._file(self._rank)
         partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(content))
+            partial.write_text(json.dumps(content), encoding="utf-8")
             os.replace(partial, path)
         except OSError:  # a full disk, say: the other ranks will tell
             pass
@@ -164,7 +165,7 @@ class Watchdog:
         found = {}
         for rank in range(self._ranks):
             try:
-                found[rank] = json.loads(self._file(rank).read_text())
+                found[rank] = json.loads(self._file(rank).read_bytes())
             except (OSError, ValueError):
                 found[rank] = {"rank": rank, "host": None, "pulse": None, "beats": -1}
         return found

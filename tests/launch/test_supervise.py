@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from supervised_runs import ROOT, Started, family, left_of, living
 
+from megaresid.training.supervisor import Report, read_reports
+
 SUPERVISE = ROOT / "launch/supervise.py"
 RANK = """
 import os, signal, sys, time
@@ -45,6 +47,19 @@ with wishes.listening():
             time.sleep(0.01)
     report.ends(75)
 """
+# Where a rank that does not end by itself is to be ended.
+SHORT_GRACE = {"MEGARESID_GRACE_SECONDS": "0.5"}
+WRITER = """
+import os, sys
+os.environ["MEGARESID_SUPERVISOR"] = sys.argv[1]
+from megaresid.training.supervisor import Report
+
+report, step = Report(), 0
+print("writes", flush=True)
+while os.getppid() == int(sys.argv[2]):
+    step += 1
+    report.at(step if step % 2 else 10**9)  # longer and shorter: halves of both are no JSON
+"""
 # As DeepSpeed's launcher: two processes one above the other, the ranks below; signals that it gets are its end.
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -66,7 +81,8 @@ def launch(tmp_path):
 
     def start(how, *options, **environment):
         command = ["python", tmp_path / "launcher.py", tmp_path / "rank.py", how, *options]
-        fast = {"MEGARESID_RESTART_SECONDS": "0.05", "MEGARESID_GRACE_SECONDS": "0.5", **environment}
+        # The grace lets the second rank end by itself once the first one has, however busy the machine is.
+        fast = {"MEGARESID_RESTART_SECONDS": "0.05", "MEGARESID_GRACE_SECONDS": "120", **environment}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return Started(sys.executable, SUPERVISE, *command, **{"PATH": path, "TMPDIR": str(tmp_path)} | fast)
 
@@ -86,6 +102,32 @@ def ready(started) -> tuple[dict[str, int], int]:
 
 def nothing_left(folder) -> bool:
     return living(folder / "rank.py") == [] and list(folder.glob("megaresid-*")) == []
+
+
+def test_no_report_is_missed_while_it_is_rewritten(tmp_path):
+    """A rank whose report is passed over gets no signal, and its code does not count."""
+    with Started(sys.executable, "-c", WRITER, tmp_path, str(os.getpid())) as started:
+        started.until("writes")
+        for _ in range(3000):
+            [report] = read_reports(tmp_path)
+            assert report.keys() == {"rank", "pid", "step", "code"} and report["pid"] == started.pid
+
+
+def test_a_report_is_there_with_its_first_word(tmp_path, monkeypatch):
+    """Seen at every call by which it is made: nobody finds a file without a word in it."""
+    monkeypatch.setenv("MEGARESID_SUPERVISOR", str(tmp_path))
+    seen = []
+    for name in ("open", "pwrite", "replace"):
+        call = getattr(os, name)
+
+        def watched(*args, call=call):
+            result = call(*args)
+            seen.append([path.stat().st_size for path in tmp_path.glob("rank_*")])
+            return result
+
+        monkeypatch.setattr(os, name, watched)
+    Report()
+    assert len(seen) == 3 and all(sizes in ([], [128]) for sizes in seen) and seen[-1] == [128]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -152,7 +194,7 @@ def test_no_rank_outlives_the_supervisor(launch):
 
 
 def test_a_rank_that_dies_ends_the_others_by_name_and_step(launch):
-    with launch("deaf") as started:
+    with launch("deaf", **SHORT_GRACE) as started:
         ranks, _ = ready(started)
         os.kill(ranks["1"], signal.SIGKILL)
         found = started.until(r"error: rank 1 \(process (\d+)\) on \S+ died at step (\d+)")
@@ -170,7 +212,7 @@ def test_a_rank_that_dies_ends_the_others_by_name_and_step(launch):
     ],
 )
 def test_the_code_is_what_the_ranks_say_whatever_the_launcher_returns(launch, how, code, said):
-    with launch(how) as started:
+    with launch(how, **(SHORT_GRACE if "deaf" in how else {})) as started:
         assert started.code() == code and nothing_left(launch.folder)
         assert re.search(said, started.said())
 
