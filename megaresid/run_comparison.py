@@ -54,7 +54,7 @@ def compare_traces(whole: Path, parts: Iterable[Path]) -> list[Row]:
         names = sorted({file.name for folder in folders for file in folder.glob("rank_*.jsonl")})
         given = {}
         for name in names:
-            lines = "".join((folder / name).read_text() for folder in folders if (folder / name).exists()).splitlines()
+            lines = "".join((folder / name).read_text(encoding="utf-8") for folder in folders if (folder / name).exists()).splitlines()
             # By number too: what comes twice, or in another order, is not the same.
             given |= {(name[:10], number): json.loads(line) for number, line in enumerate(lines)}
         found.append(given)

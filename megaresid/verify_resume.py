@@ -147,7 +147,7 @@ class _Process:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
         command += ["--master_port", str(port), "--module", "megaresid.train", "--config", str(place / "config.json")]
         self._output = place / "output.txt"
-        with open(self._output, "w") as output:
+        with open(self._output, "wb") as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -179,7 +179,7 @@ class _Process:
             progress.end()
         if code is None or (code == 0 and killed is None):
             return
-        said = self._output.read_text(errors="replace")
+        said = self._output.read_text(encoding="utf-8", errors="replace")
         mistakes = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
         if code == 2 and mistakes:
             raise UserError(mistakes[0])
@@ -217,7 +217,7 @@ def _last_step(metrics: Path) -> int:
 def _wait_for_lock(run: Path) -> None:
     """Until the killed processes are gone: the system may take a while to give back their memory."""
     end = time.monotonic() + LOCK_SECONDS
-    with open(run / LOCK, "a") as lock:
+    with open(run / LOCK, "ab") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

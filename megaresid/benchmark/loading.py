@@ -100,7 +100,7 @@ def make_sparse(folder: Path, tokens: int, shard_tokens: int = 100_000_000) -> N
     }
     provenance = {"created": "2026-01-01T00:00:00+00:00", "versions": {}}
     tree = {"schema": 1, "content": content, "provenance": provenance}
-    (folder / MANIFEST_NAME).write_text(json.dumps(tree))
+    (folder / MANIFEST_NAME).write_text(json.dumps(tree), encoding="utf-8")
 
 
 def opening(open_once: Callable[[], Any], rounds: int = 5) -> list[float]:

@@ -66,7 +66,7 @@ def train(
         )
     )
     optimizer = gpt.configure_optimizers(0.1, 3e-4, (0.9, 0.95), "cpu")
-    with open(out, "x", buffering=1) as rows:
+    with open(out, "x", buffering=1, encoding="utf-8") as rows:
         since = time.perf_counter()
         for step in range(1, steps + 1):
             starts = torch.randint(len(stream) - shape.context, (sequences,)).tolist()

@@ -101,7 +101,7 @@ def ours(backend: str, files: list[str], folder: Path, workers: int) -> Measurem
     if done.returncode:
         raise UserError(f"data_prep ended with code {done.returncode}: {done.stderr[-300:]}")
     seconds = clock() - start
-    splits = json.loads((out / "manifest.json").read_text())["content"]["splits"]
+    splits = json.loads((out / "manifest.json").read_bytes())["content"]["splits"]
     return Measurement(seconds, sum(counts["tokens"] for counts in splits.values()))
 
 

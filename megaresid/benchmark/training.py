@@ -37,7 +37,7 @@ class Measurement:
 
 def read_rows(file: Path) -> list[dict]:
     """The complete rows so far of a JSON-lines file that is being written; none while it does not exist."""
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [row for row in rows if "tokens_per_second" in row]
 
@@ -58,7 +58,7 @@ def measure(command: list[str], rows_file: Path, log: Path, environment: dict[st
                 process.terminate()
     speeds = [row["tokens_per_second"] for row in read_rows(rows_file)]
     if process.returncode != 0 or start_up is None or len(speeds) <= WARM_UP:
-        tail = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
+        tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise UserError(f"{log.stem} ended with code {process.returncode} after {len(speeds)} steps: {tail}")
     return Measurement(start_up, median(speeds[WARM_UP:]))
 

@@ -90,6 +90,6 @@ def _finite(value: float) -> float | None:
 def _alone(folder: Path) -> Iterator[None]:
     """Of the processes that add to a folder's report at once, one after another; none loses what another added."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

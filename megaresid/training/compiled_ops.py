@@ -121,7 +121,7 @@ def _same_file(link: Path, file: Path) -> bool:
 
 def _name(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip()
+        return (process / "comm").read_text(errors="replace").strip()
     except OSError:
         return ""
 

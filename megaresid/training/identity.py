@@ -134,7 +134,7 @@ def _impossible(differing: Collection[str], saved: Mapping[str, Any], mine: Valu
 def _model_options(path: Path, config: "RunConfig") -> str:
     """The options of the model that differ, where the checkpoint still lies in its run directory."""
     try:
-        saved = json.loads((path.resolve().parents[1] / "config.json").read_text())
+        saved = json.loads((path.resolve().parents[1] / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError, IndexError):
         return ""
     if not isinstance(saved, dict):

@@ -59,7 +59,7 @@ class Trace:
                 tokens = hashlib.sha256(idx.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
                 row = {"step": step, "accumulation": accumulation}
                 row |= {"samples": samples, "windows": windows, "tokens": tokens}
-                with open(self._file, "a") as file:
+                with open(self._file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             yield idx, targets
 
