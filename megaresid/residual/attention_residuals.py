@@ -1,5 +1,6 @@
 """Attention Residuals: a softmax over depth says how much each earlier sublayer counts for the next one's input."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Depth, Reading, Values
 from megaresid.residual.cost import Cost
+from megaresid.residual.history import EMBED, sublayer_source
 from megaresid.residual.kernels import fused_attnres
 from megaresid.residual.stream import (
     RESIDUALS,
@@ -62,6 +65,9 @@ class DepthSoftmax(nn.Module):
             return fused_attnres.depth_softmax(self.query, self.key_scale, sources, KEY_EPSILON)
         return weighted_sum(self.weights(sources).unbind(), sources)
 
+    def diagnose(self, sources: State, names: tuple[str, ...]) -> dict[str, Reading]:
+        return {"depth": Depth(self.weights(sources).squeeze(-1).movedim(0, -1), names)}
+
 
 class DepthSum(DepthSoftmax):
     """N times the softmax over N sources: their sum at the start, which is what a residual stream holds."""
@@ -84,6 +90,9 @@ class AddedDepthSoftmax(DepthSoftmax):
         weights = self.weights(sources)
         return weighted_sum((1 + self.gamma.to(weights.dtype) * weights).unbind(), sources)
 
+    def diagnose(self, sources: State, names: tuple[str, ...]) -> dict[str, Reading]:
+        return super().diagnose(sources, names) | {"gate": Values(self.gamma)}
+
 
 def depth_softmax_flops(sources: int, width: int) -> int:
     """FLOPs per token of ``DepthSoftmax``: a product and a norm a source, the softmax and the sum."""
@@ -96,13 +105,33 @@ class RoutingOptions(Options):
     norm_epsilon: float | None = Field(None, gt=0)
     """Epsilon of the LayerNorms, whose inputs the mean shrinks; none: 1e-12 with the mean, the model's with the sum."""
 
+    @property
+    def sublayers(self) -> int:
+        """Of which a source is the sum of the outputs."""
+        return 1
+
 
 class BlockOptions(RoutingOptions):
     block_size: int = Field(6, ge=1)
     """Sublayers in a block, of whose outputs only the sum is kept."""
 
+    @property
+    def sublayers(self) -> int:
+        return self.block_size
+
 
 DEPTHS = {"mean": DepthSoftmax, "sum": DepthSum}
+
+
+def spans(index: int, block_size: int) -> list[tuple[int, int]]:
+    """First and last sublayer of every block before sublayer ``index``, the last block as far as it has come."""
+    return [(first, min(first + block_size, index) - 1) for first in range(0, index, block_size)]
+
+
+def source_names(index: int, block_size: int) -> tuple[str, ...]:
+    """What diagnostics call the sources before sublayer ``index``."""
+    ends = [dict.fromkeys(map(sublayer_source, span)) for span in spans(index, block_size)]
+    return (EMBED, *map("-".join, ends))
 
 
 def norm_epsilon(shape: ModelShape, options: RoutingOptions) -> float:
@@ -120,15 +149,21 @@ class FirstSite(Site):
 class RoutedSite(FirstSite):
     """Reads all sources. What is read is computed again in the backward pass: the site keeps references alone."""
 
-    def __init__(self, shape: ModelShape, options: Options, place: Place, depth: type[DepthSoftmax]):
+    def __init__(
+        self, shape: ModelShape, options: Options, place: Place, depth: type[DepthSoftmax], block_size: int
+    ):
         super().__init__(shape, options, place)
         self.depth = depth(shape.width)
+        self.sources = source_names(place.index, block_size)
 
     def enter(self, state: State) -> tuple[torch.Tensor, None]:
         return recomputed(self._input, *state), None
 
     def _input(self, *sources: torch.Tensor) -> torch.Tensor:
         return self.norm(self.depth(sources))
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return self.depth.diagnose(state, self.sources)
 
 
 class InnerSite(RoutedSite):
@@ -147,12 +182,16 @@ class RoutedClose(Close):
         super().__init__(shape, options, state_length)
         self.norm.eps = norm_epsilon(shape, options)
         self.depth = DEPTHS[options.scale](shape.width)
+        self.sources = source_names(2 * shape.layers, options.sublayers)
 
     def forward(self, tensors: State) -> torch.Tensor:
         return recomputed(self._hidden, *tensors[: self.state_length])
 
     def _hidden(self, *sources: torch.Tensor) -> torch.Tensor:
         return self.norm(self.depth(sources))
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return self.depth.diagnose(state, self.sources)
 
 
 class SumClose(Close):
@@ -169,8 +208,8 @@ class DepthHistory(ResidualVariant):
     block_size = 1
 
     def state_spec(self, index: int) -> StateSpec:
-        spans = [(first, min(first + self.block_size, index) - 1) for first in range(0, index, self.block_size)]
-        names = ["x0", *(f"y{first}" if first == last else f"y{first}-{last}" for first, last in spans)]
+        blocks = spans(index, self.block_size)
+        names = ["x0", *(f"y{first}" if first == last else f"y{first}-{last}" for first, last in blocks)]
         return tuple(Entry(name, (self.shape.width,)) for name in names)
 
     def _routing_cost(self, index: int) -> Cost:
@@ -201,6 +240,7 @@ class AttentionResiduals(DepthHistory):
 
     def __init__(self, shape: ModelShape, options: RoutingOptions):
         super().__init__(shape, options)
+        self.block_size = options.sublayers
         self.site_shape = shape.model_copy(update={"norm_epsilon": norm_epsilon(shape, options)})
 
     @property
@@ -212,7 +252,7 @@ class AttentionResiduals(DepthHistory):
         if place.index == 0:
             return FirstSite(self.site_shape, self.options, place)
         site_class = InnerSite if place.index % self.block_size else RoutedSite
-        return site_class(self.site_shape, self.options, place, DEPTHS[self.options.scale])
+        return site_class(self.site_shape, self.options, place, DEPTHS[self.options.scale], self.block_size)
 
     def cost(self, place: Place) -> Cost:
         routing = self._scaled_routing_cost(place.index) if place.index else Cost()
@@ -235,10 +275,6 @@ class BlockAttentionResiduals(AttentionResiduals):
 
     Options = BlockOptions
 
-    def __init__(self, shape: ModelShape, options: BlockOptions):
-        super().__init__(shape, options)
-        self.block_size = options.block_size
-
 
 @RESIDUALS.register("delta_attention_residuals")
 class DeltaAttentionResiduals(DepthHistory):
@@ -259,7 +295,7 @@ class DeltaAttentionResiduals(DepthHistory):
     def site(self, place: Place) -> Site:
         if place.index == 0:
             return FirstSite(self.shape, self.options, place)
-        return RoutedSite(self.shape, self.options, place, AddedDepthSoftmax)
+        return RoutedSite(self.shape, self.options, place, AddedDepthSoftmax, self.block_size)
 
     def cost(self, place: Place) -> Cost:
         routing = Cost(parameters=1, flops=2 * len(self.state_spec(place.index))) + self._routing_cost(place.index)

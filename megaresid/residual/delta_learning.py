@@ -10,6 +10,7 @@ is, beta = 1 writes v in place of what X holds along k.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from megaresid.model.init import Constant, Normal, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.stream import (
     RESIDUALS,
@@ -107,11 +109,20 @@ class Rewrite(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x, normed, update = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (x, normed, update))
             direction = update.unsqueeze(-2)
+            beta, target = self.strength(normed), self.target(x, normed)
             # k is never made: its length enters the coefficients.
             scale = torch.rsqrt(update.square().sum(-1, keepdim=True) + EPSILON**2)
             held = (X * direction).sum(-1) * scale
-            step = 2 * torch.sigmoid(self.beta(normed)) * (self.target(x, normed) - held) * scale
-            return torch.addcmul(X, step.unsqueeze(-1), direction)
+            return torch.addcmul(X, (beta * (target - held) * scale).unsqueeze(-1), direction)
+
+    def strength(self, normed: torch.Tensor) -> torch.Tensor:
+        """beta [B, T, 1]."""
+        return 2 * torch.sigmoid(self.beta(normed))
+
+    def diagnose(self, x: torch.Tensor, normed: torch.Tensor) -> dict[str, Reading]:
+        with torch.autocast(x.device.type, enabled=False):
+            x, normed = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (x, normed))
+            return {"beta": Values(self.strength(normed)), "target": Values(self.target(x, normed))}
 
     @staticmethod
     def cost(width: int, channels: int, target: str) -> Cost:
@@ -132,6 +143,10 @@ class DeltaSite(Site):
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         (x,) = state
         return (self.rewrite(x.unsqueeze(-2), x, normed, update).squeeze(-2),)
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        normed, _ = self.enter(state)
+        return self.rewrite.diagnose(state[0], normed)
 
 
 @RESIDUALS.register("deep_delta")
@@ -196,6 +211,10 @@ class ExpandedSite(Site):
     def write(self, state: State, context: torch.Tensor, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (self.rewrite(state[0], context, normed, update),)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        normed, x = self.enter(state)
+        return self.rewrite.diagnose(x, normed) | {"read": Values(self.readout.weight)}
+
 
 class ExpandedClose(Close):
     essential = True
@@ -206,6 +225,9 @@ class ExpandedClose(Close):
 
     def close(self, state: State) -> torch.Tensor:
         return self.readout(state[0])
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"read": Values(self.readout.weight)}
 
 
 @RESIDUALS.register("deep_delta_expanded")

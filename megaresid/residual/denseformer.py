@@ -1,5 +1,6 @@
 """DenseFormer: after a layer, a learned average over the outputs of the layers so far."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 
 from megaresid.model.init import Rule, Values
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Depth, Reading
 from megaresid.residual.cost import Cost
-from megaresid.residual.history import KeepingSite, block_name
+from megaresid.residual.history import KeepingSite, block_name, layer_source
 from megaresid.residual.stream import RESIDUALS, Entry, Normed, Place, ResidualVariant, Site, State, StateSpec
 from megaresid.residual.sums import weighted_sum, weighted_sum_flops
 from megaresid.spec import Options
@@ -73,6 +75,7 @@ class AveragingSite(Site):
         history = [*schedule.live(place.layer), layer]
         self.averaged = [history.index(j) for j in schedule.averaged(layer)]
         self.kept = [history.index(j) for j in schedule.beside(layer)]
+        self.sources = tuple(map(layer_source, schedule.averaged(layer)))
         self.average = nn.Parameter(torch.empty(len(self.averaged)))
 
     def parameter_rules(self) -> dict[str, Rule]:
@@ -83,6 +86,9 @@ class AveragingSite(Site):
         history = (*state[1:], state[0] + update)
         average = weighted_sum(self.average.unbind(), [history[position] for position in self.averaged])
         return (average, *(history[position] for position in self.kept))
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"depth": Depth(self.average, self.sources)}
 
 
 @RESIDUALS.register("dense_former")

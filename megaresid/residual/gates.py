@@ -9,6 +9,7 @@ from torch.nn.functional import gelu
 
 from megaresid.model.init import STD, Constant, Normal, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.stream import RESIDUALS, Place, ResidualVariant, Site, State, recomputed
 from megaresid.spec import Options
@@ -72,6 +73,10 @@ class TokenGateSite(Site):
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (state[0] + self.gate(normed) * update,)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        normed, _ = self.enter(state)
+        return {"gate": Values(self.gate(normed))}
+
 
 class _Gated(ResidualVariant):
     """What the gates have in common."""
@@ -108,6 +113,10 @@ class SharedTokenGateSite(Site):
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (state[0] + self.gate[0](normed) * update,)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        normed, _ = self.enter(state)
+        return {"gate": Values(self.gate[0](normed))}
+
 
 @RESIDUALS.register("shared_token_gate")
 class SharedTokenGate(TokenGate):
@@ -136,6 +145,11 @@ class ChannelGateSite(Site):
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         # The sigmoid and the gate are as wide as the stream: recomputed, they cost 1 % of the layer and no memory.
         return (state[0] + recomputed(self._gated, normed, update),)
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        """The gate of each channel, its mean over the tokens."""
+        normed, _ = self.enter(state)
+        return {"gate": Values(self.gate(normed).mean((0, 1)))}
 
 
 @RESIDUALS.register("channel_gate")

@@ -17,3 +17,17 @@ class KeepingSite(Site):
 def block_name(block: int) -> str:
     """The state's name for the output of layer ``block``, counted from 1; 0 is the embedding."""
     return f"block{block}" if block else "x0"
+
+
+EMBED = "embed"
+"""What diagnostics call the embedding, as a source of a later input."""
+
+
+def layer_source(block: int) -> str:
+    """What diagnostics call the stream after layer ``block``, counted as in ``block_name``: its number from 0."""
+    return f"{block - 1:02d}" if block else EMBED
+
+
+def sublayer_source(index: int) -> str:
+    """What diagnostics call the output of sublayer ``index``, or the stream after it: ``"03.mlp"``."""
+    return f"{index // 2:02d}.{('attention', 'mlp')[index % 2]}"

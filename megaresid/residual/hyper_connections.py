@@ -4,12 +4,14 @@ Zhu et al. 2024, arXiv 2409.19606. Also what its relatives share: the site, the 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from megaresid import readings
 from megaresid.model.init import STD, Constant, Rule, Values, output_projections_at
 from megaresid.model.presets import ModelShape
 from megaresid.residual.cost import Cost
@@ -93,6 +95,15 @@ class WideSite(Site):
         streams = mixed(mixing, self.cut(state[0]))
         update = update.unflatten(-1, (self.inputs, -1))
         return (torch.addcmul(streams, writing.unsqueeze(-1), update).view_as(state[0]),)
+
+    def diagnose(self, state: State) -> Mapping[str, readings.Reading]:
+        with torch.autocast(state[0].device.type, enabled=False):
+            reading, mixing, writing = self.coefficients(self.cut(state[0]))
+        return {
+            "read": readings.Values(reading),
+            "mixing": readings.Mixing(mixing.mT),
+            "write": readings.Values(writing),
+        }
 
 
 def connection_cost(parts: int, inputs: int, part_width: int) -> Cost:
@@ -179,6 +190,9 @@ def one_hot_columns(rows: int, columns: int, first: int = 0) -> tuple[float, ...
 
 class StaticSite(ConnectionSite):
     """The coefficients are the parameters: equations 3 to 5."""
+
+    def coefficients(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.A_m, self.A_r, self.B
 
     def enter(self, state: State) -> tuple[torch.Tensor, Any]:
         return recomputed(self._normed, state[0]), (self.A_r, self.B)

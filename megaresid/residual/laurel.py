@@ -4,6 +4,7 @@ x <- alpha f(x) + g(x, earlier x) (equation 2), with three choices of the linear
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from megaresid import readings
 from megaresid.errors import UserError
 from megaresid.model.init import Constant, Rule, Values
 from megaresid.model.presets import ModelShape
 from megaresid.residual.cost import Cost
+from megaresid.residual.history import EMBED, sublayer_source
 from megaresid.residual.stream import RESIDUALS, Entry, Place, ResidualVariant, Site, State, StateSpec
 from megaresid.spec import Options
 
@@ -38,10 +41,17 @@ class WeightSite(Site):
     def parameter_rules(self) -> dict[str, Rule]:
         return {"logits": Rule(Constant(0.0), decay=False, fp32=True)}
 
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and beta, [1] each: a 0-dim weight would leave a bf16 update in bf16."""
+        return (self.scale * self.bound(self.logits)).split(1)
+
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
-        # Slices of length 1: a 0-dim weight would leave a bf16 update in bf16.
-        alpha, beta = (self.scale * self.bound(self.logits)).split(1)
+        alpha, beta = self.weights()
         return (beta * state[0] + alpha * update,)
+
+    def diagnose(self, state: State) -> Mapping[str, readings.Reading]:
+        alpha, beta = self.weights()
+        return {"gate": readings.Values(alpha), "skip": readings.Values(beta)}
 
 
 @RESIDUALS.register("laurel_rw")
@@ -150,9 +160,15 @@ class PreviousSite(Site):
         super().__init__(shape, options, place)
         self.map = WeightedLowRank(shape.width, options.rank, activations_at(shape, options, place.index))
         self.kept = activations_at(shape, options, place.index + 1) - 1
+        behind = range(place.index, place.index - len(self.map.gamma), -1)
+        self.sources = tuple(sublayer_source(index - 1) if index else EMBED for index in behind)
 
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (state[0] + update + self.map(state), *state[: self.kept])
+
+    def diagnose(self, state: State) -> Mapping[str, readings.Reading]:
+        """gamma: the weights of the streams after earlier sublayers, the newest first."""
+        return {"depth": readings.Depth(self.map.gamma, self.sources)}
 
 
 def activations_at(shape: ModelShape, options: PreviousOptions, index: int) -> int:

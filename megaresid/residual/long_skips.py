@@ -1,10 +1,13 @@
 """Earlier tensors of the stream that come in again later: the embedding, the middle of the depth, mirrored layers."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.history import KeepingSite
 from megaresid.residual.stream import RESIDUALS, Close, Entry, Place, ResidualVariant, Site, State, StateSpec
@@ -45,6 +48,9 @@ class X0BlendSite(Site):
 
     def write(self, state: State, context: torch.Tensor, normed: torch.Tensor, update: torch.Tensor) -> State:
         return context + update, state[-1]
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"skip": Values(self.residual_lambda), "x0": Values(self.x0_lambda)}
 
 
 class LastX0BlendSite(X0BlendSite):
@@ -109,6 +115,9 @@ class BackoutClose(Close):
     def close(self, state: State) -> torch.Tensor:
         return torch.addcmul(state[0], self.backout_lambda, state[-1], value=-1)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"backout": Values(self.backout_lambda)}
+
 
 @RESIDUALS.register("backout")
 class Backout(ResidualVariant):
@@ -165,11 +174,17 @@ class JoiningSite(Site):
         return {"skip_logit": Rule(Constant(self.start), decay=False, fp32=True)}
 
     def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
-        joined = torch.addcmul(state[0], torch.sigmoid(self.skip_logit), state[-1])
+        joined = torch.addcmul(state[0], self.weight(), state[-1])
         return joined, joined
+
+    def weight(self) -> torch.Tensor:
+        return torch.sigmoid(self.skip_logit)
 
     def write(self, state: State, context: torch.Tensor, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (context + update, *state[1:-1])
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"skip": Values(self.weight())}
 
 
 class MiddleSite(JoiningSite):

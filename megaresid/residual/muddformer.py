@@ -1,6 +1,7 @@
 """MUDDFormer: each of a layer's inputs is its own average over the earlier layers, weighted anew for every token."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,8 +9,9 @@ from torch.nn.functional import gelu, linear
 
 from megaresid.model.init import Constant, Normal, Rule, Values
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Depth, Reading
 from megaresid.residual.cost import Cost, norm_cost
-from megaresid.residual.history import block_name
+from megaresid.residual.history import block_name, layer_source
 from megaresid.residual.stream import (
     RESIDUALS,
     Close,
@@ -75,6 +77,11 @@ class DepthAggregate(nn.Module):
         ways = self.weights(history[-1]).unbind(-2)
         return [weighted_sum(way.unsqueeze(-2).unbind(-1), history) for way in ways]
 
+    def diagnose(self, history: State) -> list[Depth]:
+        """The weights of every way."""
+        sources = tuple(map(layer_source, range(len(history))))
+        return [Depth(way, sources) for way in self.weights(history[-1]).unbind(-2)]
+
 
 class FirstAttentionSite(Site):
     """The first layer's attention: there is nothing to average. Its input stays, as the history's first."""
@@ -106,6 +113,9 @@ class AttentionSite(Site):
     def write(self, state: State, context: torch.Tensor, normed: Normed, update: torch.Tensor) -> State:
         return (context + update, *state)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {f"depth_{way}": depth for way, depth in zip(WAYS, self.aggregate.diagnose(state), strict=True)}
+
 
 class MLPSite(Site):
     """The MLP is pre-LN; what it gives is the layer's output, the newest of the history."""
@@ -129,6 +139,10 @@ class MuddClose(Close):
     def _hidden(self, *history: torch.Tensor) -> torch.Tensor:
         (x,) = self.aggregate(history)
         return self.norm(x)
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        (depth,) = self.aggregate.diagnose(state)
+        return {"depth": depth}
 
 
 @RESIDUALS.register("mudd_former")

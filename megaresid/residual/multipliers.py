@@ -1,5 +1,6 @@
 """Multipliers of a sublayer's output that are not trained: a warm-up of each layer, a power of the depth."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from pydantic import Field
 
 from megaresid.model.init import STD, Constant, Rule, output_projections_at
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.stream import RESIDUALS, Place, ResidualVariant, Site, State
 from megaresid.spec import Options
@@ -33,6 +35,9 @@ class ProResSite(Site):
 
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (torch.addcmul(state[0], self.alpha, update),)
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"gate": Values(self.alpha)}
 
 
 @RESIDUALS.register("pro_res")

@@ -1,10 +1,13 @@
 """Layers whose attention and MLP read the stream at one place and write to it at once."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.stream import RESIDUALS, Place, ResidualVariant, Site, State
 from megaresid.spec import Options
@@ -51,6 +54,9 @@ class RescaledParallelSite(ParallelSite):
         attended, side = attention(normed, side)
         update, side = mlp(self.norm_mlp(normed), side)
         return (torch.addcmul(state[0] + attended, self.scale, update.to(state[0].dtype)),), side
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"gate": Values(self.scale)}
 
 
 @RESIDUALS.register("parallel_rescaled")

@@ -1,5 +1,6 @@
 """Learned scales of a sublayer's output: one number, one a channel, or one that the normed input modulates."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from megaresid.model.init import STD, Constant, Normal, Rule, output_projections_at
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.residual.cost import Cost
 from megaresid.residual.stream import RESIDUALS, BareClose, Close, Place, ResidualVariant, Site, State
 from megaresid.spec import Options
@@ -43,6 +45,9 @@ class ScaledSite(Site):
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (torch.addcmul(state[0], self.scale, update),)
 
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"gate": Values(self.scale)}
+
 
 class BareScaledSite(ScaledSite):
     """x <- x + g f(x), which starts at the identity."""
@@ -70,6 +75,9 @@ class ReZeroSite(Site):
         x = torch.addcmul(x, self.scale, update)
         update, side = mlp(self.norm_mlp(x), side)
         return (torch.addcmul(x, self.scale, update),), side
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        return {"gate": Values(self.scale)}
 
 
 class _Bare(ResidualVariant):
@@ -214,10 +222,18 @@ class AdaptiveScaleSite(Site):
             "direction": Rule(Normal(STD), decay=True, fp32=True),  # it projects the stream, like a gate's matrix
         }
 
-    def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
+    def gate(self, normed: torch.Tensor) -> torch.Tensor:
+        """a (1 + b tanh(u . xn)) [B, T, 1]."""
         # A product and a sum, which autocast leaves in fp32, where it would round a matrix product to bf16.
         modulation = torch.tanh((normed * self.direction).sum(-1, keepdim=True))
-        return (torch.addcmul(state[0], self.base * (1 + self.strength * modulation), update),)
+        return self.base * (1 + self.strength * modulation)
+
+    def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
+        return (torch.addcmul(state[0], self.gate(normed), update),)
+
+    def diagnose(self, state: State) -> Mapping[str, Reading]:
+        normed, _ = self.enter(state)
+        return {"gate": Values(self.gate(normed))}
 
 
 @RESIDUALS.register("adaptive_scale")
