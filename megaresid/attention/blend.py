@@ -1,5 +1,7 @@
 """Two mixers side by side, blended by a gate."""
 
+from collections.abc import Mapping
+
 import torch
 
 from megaresid import spec
@@ -9,6 +11,7 @@ from megaresid.attention.mixer import MIXERS, Inputs, MixerOption, Side, SideSpe
 from megaresid.attention.nested import Nested
 from megaresid.attention.projections import three
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading
 
 
 class Options(spec.Options):
@@ -44,6 +47,9 @@ class Blend(Nested):
         b, side = self.run("b", x, side, cache)
         s = self.gate(three(x)[2])
         return (s * a + (1 - s) * b).to(a.dtype), side
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        return {**super().diagnose(x, side), "gate": self.gate.reading(three(x)[2])}
 
     @classmethod
     def own_flops_per_token(cls, shape: ModelShape, options: Options) -> int:

@@ -1,6 +1,6 @@
 """What the mixers with a delta rule share: DeltaNet, gated DeltaNet, Kimi delta attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from megaresid.attention.cache import Cache
 from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
-from megaresid.attention.projections import LinearMixer, split_heads, three, wide
+from megaresid.attention.projections import LinearMixer, decay_reading, split_heads, three, wide
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 from megaresid.spec import Options
 
 
@@ -119,6 +120,17 @@ class DeltaMixer(LinearMixer):
     def gate(self, x_v: torch.Tensor) -> torch.Tensor | None:
         """What the norm of the output is gated by, [B, T, H, V] before the activation."""
         return None
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        _, x_k, x_v = three(x)
+        readings, g, gate = {}, self.log_decay(x_k), self.gate(x_v)
+        if g is not None:
+            readings["decay"] = decay_reading(g)
+        if self.b_proj is not None:
+            readings["beta"] = Values(self.beta(x_k))
+        if gate is not None:
+            readings["output_gate"] = Values(self.o_norm.factor(wide(gate)).mean((0, 1)))
+        return readings
 
     @classmethod
     def sizes(cls, shape: ModelShape, options: Options) -> DeltaSizes:

@@ -1,5 +1,6 @@
 """The block that retention, lightning attention, simple GLA and GLA share: they differ in their decay."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,11 +17,14 @@ from megaresid.attention.projections import (
     LinearMixer,
     Sizes,
     convolution,
+    decay_reading,
     head_sizes,
     split_heads,
     three,
+    wide,
 )
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 
 
 class GatedOptions(spec.Options):
@@ -75,9 +79,21 @@ class GatedMixer(LinearMixer):
         v = split_heads(self.projected("v", x_v, segment, cache), self.heads)
         q, k = self.placed(q, k, cache)
         o = self.recur(q, k, v, self.decay(x_k), segment=segment, cache=cache)
-        gate = None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
-        o = self.get_submodule(self.norm_name)(o, gate)
+        o = self.get_submodule(self.norm_name)(o, self.gate(x_v))
         return self.o_proj(o.flatten(-2)), side
+
+    def gate(self, x_v: torch.Tensor) -> torch.Tensor | None:
+        """What the norm of the output is gated by, [B, T, H, V] before the activation."""
+        return None if self.g_proj is None else split_heads(self.g_proj(x_v), self.heads)
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        _, x_k, x_v = three(x)
+        readings = {} if self.decays == "constant" else {"decay": decay_reading(self.decay(x_k))}
+        gate = self.gate(x_v)
+        if gate is not None:
+            factor = self.get_submodule(self.norm_name).factor(wide(gate))
+            readings["output_gate"] = Values(factor.mean((0, 1)))
+        return readings
 
     def placed(
         self, q: torch.Tensor, k: torch.Tensor, cache: Cache | None

@@ -11,6 +11,7 @@ from torch import nn
 from megaresid.attention.projections import wide
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Values
 
 GateName = Literal["per_token_channel", "per_token_head", "per_head"]
 
@@ -24,6 +25,10 @@ class ChannelGate(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return wide(super().forward(x)).sigmoid()
 
+    def reading(self, x: torch.Tensor) -> Values:
+        """The gate of each channel, its mean over the tokens: [C]."""
+        return Values(self(x).mean((0, 1)))
+
 
 class HeadGate(nn.Linear):
     """sigmoid(W x + b) for every token and head, which all channels of the head share: [B, T, C] -> [B, T, C]."""
@@ -34,6 +39,10 @@ class HeadGate(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return wide(super().forward(x)).sigmoid().repeat_interleave(self.head_width, -1)
+
+    def reading(self, x: torch.Tensor) -> Values:
+        """The gate of each token and head: [B, T, H]."""
+        return Values(self(x)[..., :: self.head_width])
 
 
 class LearnedGate(nn.Module):
@@ -49,6 +58,10 @@ class LearnedGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return wide(self.logit).sigmoid().repeat_interleave(self.head_width)
+
+    def reading(self, x: torch.Tensor) -> Values:
+        """The gate of each head: [H]."""
+        return Values(self(x)[:: self.head_width])
 
 
 GATES: dict[GateName, type[nn.Module]] = {

@@ -1,5 +1,7 @@
 """The mixing of Mamba-2: a state space whose decay and input strength are one number per token and head."""
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -10,10 +12,11 @@ from megaresid.attention.cache import Cache
 from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import MIXERS, Inputs, Side, SideSpec
 from megaresid.attention.output_norm import OutputNorm
-from megaresid.attention.projections import LinearMixer, head_width, split_heads, three, wide
+from megaresid.attention.projections import LinearMixer, decay_reading, head_width, split_heads, three, wide
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.model.init import Constant, LogUniform, Rule, TimeStep
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 
 
 class Options(spec.Options):
@@ -72,11 +75,30 @@ class Mamba2(LinearMixer):
         q = self.projected("q", x_q, segment, cache)[:, :, None].expand(-1, -1, self.heads, -1)
         k = self.projected("k", x_k, segment, cache)[:, :, None].expand(-1, -1, self.heads, -1)
         v = split_heads(self.projected("v", x_v, segment, cache), self.heads)
-        dt = softplus(wide(self.dt_proj(x_k)) + self.dt_bias)  # [B, T, H]
-        g = -wide(self.A_log).exp() * dt
+        dt, g = self.step_and_decay(x_k)
         o = self.recur(q, k, (dt[..., None] * v).to(v.dtype), g, scale=1.0, segment=segment, cache=cache)
         y = (o + self.D[:, None] * v).to(v.dtype).flatten(-2)
-        return self.o_proj(self.norm(y * silu(self.g_proj(x_v)))), side
+        return self.o_proj(self.norm(y * self.gate(x_v))), side
+
+    def step_and_decay(self, x_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """dt and the natural logarithm of the decay, [B, T, H] in fp32 or wider."""
+        dt = softplus(wide(self.dt_proj(x_k)) + self.dt_bias)
+        return dt, -wide(self.A_log).exp() * dt
+
+    def gate(self, x_v: torch.Tensor) -> torch.Tensor:
+        """SiLU(z) [B, T, H V]."""
+        return silu(self.g_proj(x_v))
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        """dt is how strongly a token is written, D what goes around the state."""
+        _, x_k, x_v = three(x)
+        dt, g = self.step_and_decay(x_k)
+        return {
+            "decay": decay_reading(g),
+            "write": Values(dt),
+            "skip": Values(self.D),
+            "output_gate": Values(wide(self.gate(x_v)).mean((0, 1))),
+        }
 
     @classmethod
     def check(cls, shape: ModelShape, options: Options) -> None:

@@ -1,11 +1,14 @@
 """Mixers made of other mixers."""
 
+from collections.abc import Mapping
+
 import torch
 
 from megaresid.attention.cache import Cache
 from megaresid.attention.kind import Kind
 from megaresid.attention.mixer import SEGMENT, Chosen, Inputs, Mixer, Side, SideSpec
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading
 from megaresid.spec import Options
 
 
@@ -23,14 +26,31 @@ class Nested(Mixer):
 
     def __init__(self, shape: ModelShape, options: Options, layer: int, entering: SideSpec = ()):
         super().__init__(shape, options, layer, entering)
+        self.hands_on: dict[str, bool] = {}
         for name, (cls, inner, chosen) in self.inside(shape, options).items():
             self.add_module(name, cls.make(inner, chosen, layer, entering))
-            entering = cls.side_spec(inner, chosen, entering)
+            left = cls.side_spec(inner, chosen, entering)
+            self.hands_on[name], entering = left != entering, left
 
     def run(self, name: str, x: Inputs, side: Side, cache: Cache | None) -> tuple[torch.Tensor, Side]:
         """The mixer ``name`` with its own part of the cache."""
         mixer = self.get_submodule(name)
         return mixer(x, side) if cache is None else mixer(x, side, cache.inside(name))
+
+    def seen_by(self, name: str, x: Inputs) -> Inputs:
+        """What of x the mixer ``name`` sees."""
+        return x
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        """Those of the mixers inside, each after the mixer's name: ``"a.decay"``."""
+        readings = {}
+        for name, hands_on in self.hands_on.items():
+            seen = self.seen_by(name, x)
+            inner = self.get_submodule(name).diagnose(seen, side)
+            readings |= {f"{name}.{reading}": value for reading, value in inner.items()}
+            if hands_on:  # the next one reads what it adds to the side channel
+                _, side = self.run(name, seen, side, None)
+        return readings
 
     @classmethod
     def shape_of(cls, name: str, shape: ModelShape, options: Options) -> ModelShape:

@@ -26,4 +26,8 @@ class OutputNorm(nn.Module):
     def forward(self, o: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         wide = torch.promote_types(o.dtype, torch.float32)
         y = rms_norm(o.to(wide), o.shape[-1:], self.weight.to(wide), self.epsilon)
-        return (y if gate is None else y * self.act(gate.to(wide))).to(o.dtype)
+        return (y if gate is None else y * self.factor(gate.to(wide))).to(o.dtype)
+
+    def factor(self, gate: torch.Tensor) -> torch.Tensor:
+        """What multiplies the norm."""
+        return self.act(gate)

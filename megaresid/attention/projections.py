@@ -13,6 +13,7 @@ from megaresid.attention.recurrence import recurrence
 from megaresid.attention.short_convolution import ShortConvolution
 from megaresid.errors import UserError
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Values
 from megaresid.spec import Options
 
 
@@ -113,6 +114,12 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32 or wider: for what makes a decay or a beta."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def decay_reading(g: torch.Tensor) -> Values:
+    """The decays exp(g) of each token and head [B, T, H]; of channels [B, T, H, K] each one's mean over the tokens."""
+    decay = wide(g).exp()
+    return Values(decay if decay.dim() == 3 else decay.mean((0, 1)))
 
 
 class NoConvolution(nn.Module):

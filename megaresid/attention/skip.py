@@ -1,5 +1,6 @@
 """A mixer with a way around it."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from megaresid.attention.nested import Nested
 from megaresid.attention.projections import three, wide
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 
 
 class Options(spec.Options):
@@ -50,6 +52,13 @@ class Skip(Nested):
         kept = a if self.output_gate is None else self.output_gate(x) * a
         return (kept + self.gate(x) * x).to(a.dtype), side
 
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        x_v = three(x)[2]
+        readings = {**super().diagnose(x, side), "skip": self.gate.reading(x_v)}
+        if self.output_gate is not None:
+            readings["output_gate"] = self.output_gate.reading(x_v)
+        return readings
+
     @classmethod
     def own_flops_per_token(cls, shape: ModelShape, options: Options) -> int:
         gates = [gate for gate in (options.gate, options.output_gate) if gate in GATES]
@@ -68,3 +77,6 @@ class Scale(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return wide(self.scale)
+
+    def reading(self, x: torch.Tensor) -> Values:
+        return Values(self(x))

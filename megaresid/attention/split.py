@@ -38,13 +38,15 @@ class Split(Nested):
         self.widths = [self.shape_of(name, shape, options).width for name in ("a", "b")]
 
     def forward(self, x: Inputs, side: Side, cache: Cache | None = None) -> tuple[torch.Tensor, Side]:
-        if isinstance(x, tuple):
-            x_a, x_b = zip(*(each.split(self.widths, -1) for each in x))
-        else:
-            x_a, x_b = x.split(self.widths, -1)
-        a, side = self.run("a", x_a, side, cache)
-        b, side = self.run("b", x_b, side, cache)
+        a, side = self.run("a", self.seen_by("a", x), side, cache)
+        b, side = self.run("b", self.seen_by("b", x), side, cache)
         return torch.cat([a, b.to(a.dtype)], -1), side
+
+    def seen_by(self, name: str, x: Inputs) -> Inputs:
+        part = ("a", "b").index(name)
+        if isinstance(x, tuple):
+            return tuple(each.split(self.widths, -1)[part] for each in x)
+        return x.split(self.widths, -1)[part]
 
     @classmethod
     def shape_of(cls, name: str, shape: ModelShape, options: Options) -> ModelShape:

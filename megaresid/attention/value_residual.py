@@ -1,5 +1,7 @@
 """ResFormer's value residual: every layer's values are mixed with those of the first."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -11,6 +13,7 @@ from megaresid.attention.softmax import Softmax, head_counts
 from megaresid.errors import UserError
 from megaresid.model.init import Constant, Rule
 from megaresid.model.presets import ModelShape
+from megaresid.readings import Reading, Values
 
 VALUES = "values"
 
@@ -87,3 +90,8 @@ class ValueResidual(Softmax):
         own = self.v_proj(x_v)
         values = (self.first * side[self.position].flatten(-2) + self.own * own).to(own.dtype)
         return self.attend(self.q_proj(x_q), self.k_proj(x_k), values, self.segment(side), cache), side
+
+    def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
+        if not self.learned:
+            return {}
+        return {"first_values": Values(self.first), "own_values": Values(self.own)}
