@@ -123,15 +123,11 @@ class BlockOptions(RoutingOptions):
 DEPTHS = {"mean": DepthSoftmax, "sum": DepthSum}
 
 
-def spans(index: int, block_size: int) -> list[tuple[int, int]]:
-    """First and last sublayer of every block before sublayer ``index``, the last block as far as it has come."""
-    return [(first, min(first + block_size, index) - 1) for first in range(0, index, block_size)]
-
-
-def source_names(index: int, block_size: int) -> tuple[str, ...]:
-    """What diagnostics call the sources before sublayer ``index``."""
-    ends = [dict.fromkeys(map(sublayer_source, span)) for span in spans(index, block_size)]
-    return (EMBED, *map("-".join, ends))
+def source_names(shape: ModelShape, index: int, block_size: int) -> tuple[str, ...]:
+    """What diagnostics call the sources before sublayer ``index``: a block by its first and last sublayer, also the
+    last block, which has come as far as ``index`` alone."""
+    blocks = [(first, min(first + block_size, 2 * shape.layers) - 1) for first in range(0, index, block_size)]
+    return (EMBED, *("-".join(dict.fromkeys(map(sublayer_source, ends))) for ends in blocks))
 
 
 def norm_epsilon(shape: ModelShape, options: RoutingOptions) -> float:
@@ -154,7 +150,7 @@ class RoutedSite(FirstSite):
     ):
         super().__init__(shape, options, place)
         self.depth = depth(shape.width)
-        self.sources = source_names(place.index, block_size)
+        self.sources = source_names(shape, place.index, block_size)
 
     def enter(self, state: State) -> tuple[torch.Tensor, None]:
         return recomputed(self._input, *state), None
@@ -182,7 +178,7 @@ class RoutedClose(Close):
         super().__init__(shape, options, state_length)
         self.norm.eps = norm_epsilon(shape, options)
         self.depth = DEPTHS[options.scale](shape.width)
-        self.sources = source_names(2 * shape.layers, options.sublayers)
+        self.sources = source_names(shape, 2 * shape.layers, options.sublayers)
 
     def forward(self, tensors: State) -> torch.Tensor:
         return recomputed(self._hidden, *tensors[: self.state_length])
@@ -208,8 +204,8 @@ class DepthHistory(ResidualVariant):
     block_size = 1
 
     def state_spec(self, index: int) -> StateSpec:
-        blocks = spans(index, self.block_size)
-        names = ["x0", *(f"y{first}" if first == last else f"y{first}-{last}" for first, last in blocks)]
+        spans = [(first, min(first + self.block_size, index) - 1) for first in range(0, index, self.block_size)]
+        names = ["x0", *(f"y{first}" if first == last else f"y{first}-{last}" for first, last in spans)]
         return tuple(Entry(name, (self.shape.width,)) for name in names)
 
     def _routing_cost(self, index: int) -> Cost:

@@ -160,15 +160,15 @@ class PreviousSite(Site):
         super().__init__(shape, options, place)
         self.map = WeightedLowRank(shape.width, options.rank, activations_at(shape, options, place.index))
         self.kept = activations_at(shape, options, place.index + 1) - 1
-        behind = range(place.index, place.index - len(self.map.gamma), -1)
-        self.sources = tuple(sublayer_source(index - 1) if index else EMBED for index in behind)
+        oldest = place.index + 1 - len(self.map.gamma)
+        self.sources = tuple(sublayer_source(i - 1) if i else EMBED for i in range(oldest, place.index + 1))
 
     def write(self, state: State, context: Any, normed: torch.Tensor, update: torch.Tensor) -> State:
         return (state[0] + update + self.map(state), *state[: self.kept])
 
     def diagnose(self, state: State) -> Mapping[str, readings.Reading]:
-        """gamma: the weights of the streams after earlier sublayers, the newest first."""
-        return {"depth": readings.Depth(self.map.gamma, self.sources)}
+        """gamma: the weights of the streams after earlier sublayers, here the oldest first."""
+        return {"depth": readings.Depth(self.map.gamma.flip(0), self.sources)}
 
 
 def activations_at(shape: ModelShape, options: PreviousOptions, index: int) -> int:

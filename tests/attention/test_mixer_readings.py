@@ -213,6 +213,20 @@ def test_readings_change_nothing_and_are_small_copies_without_gradients(row):
         assert values.numel() < x.numel()  # less than one tensor of the stream
 
 
+@pytest.mark.parametrize("row", ONE_OF_EACH, ids=str)
+@torch.no_grad()
+def test_readings_under_autocast_are_those_of_fp32_but_for_the_rounding_of_products(row):
+    mixers, x = Mixers(row, dtype=torch.float32), inputs(row).float()
+    for mixer, side in layers_of(mixers, x, None):
+        exact = mixer.diagnose(x, side)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = mixer.diagnose(x, side)
+        assert rounded.keys() == exact.keys()
+        for name, reading in exact.items():
+            error = (rounded[name].values - reading.values).abs().max()
+            assert error < 0.02 * reading.values.abs().max(), name
+
+
 class Adding(Mixer):
     """Adds its input to the side channel."""
 

@@ -232,26 +232,27 @@ class Course:
 
         sublayer.register_forward_hook(note)
 
-    def source(self, name: str) -> Tensor:
-        """What a row over depth means by a name: the embedding, what a sublayer gave, or the sum of a run of them, or
-        the stream after a layer."""
+    def source(self, name: str, index: int) -> Tensor:
+        """What a row over depth before sublayer ``index`` means by a name: the embedding, what a sublayer gave, the sum
+        of a run of them as far as it has come, or the stream after a layer."""
         if name in self.gave:
             return self.gave[name]
         if "." not in name:
             return self.states[2 * int(name) + 1][0] + self.gave[f"{name}.mlp"]
         order = [key for key in self.gave if "." in key]
         first, last = (order.index(end) for end in name.split("-"))
-        return sum(self.gave[key] for key in order[first : last + 1])
+        return sum(self.gave[key] for key in order[first : min(last + 1, index)])
 
-    def stream_after(self, name: str) -> Tensor:
+    def stream_after(self, name: str, index: int) -> Tensor:
         """Of LAuReL-PA, where the stream enters the next site as the first tensor of the state."""
         order = ["embed", *(key for key in self.gave if "." in key)]
         return self.states[order.index(name)][0]
 
-    def sum_of(self, depth: Depth, source=None, weights=None) -> Tensor:
+    def sum_of(self, depth: Depth, index: int, source=None, weights=None) -> Tensor:
         weights = depth.weights if weights is None else weights
         assert weights.shape[-1] == len(depth.sources) == len(set(depth.sources))
-        return sum(weights[..., j, None] * (source or self.source)(name) for j, name in enumerate(depth.sources))
+        named = [(source or self.source)(name, index) for name in depth.sources]
+        return sum(weights[..., j, None] * tensor for j, tensor in enumerate(named))
 
 
 def sublayer_name(index: int) -> str:
@@ -276,7 +277,7 @@ def test_a_softmax_over_depth_weighs_what_its_names_say(row):
             weights = 1 + readings["gate"].values * depth.weights
         else:
             weights = depth.weights * (len(depth.sources) if factor else 1)
-        assert error(site.norm(course.sum_of(depth, weights=weights)), given) < 1e-10, index
+        assert error(site.norm(course.sum_of(depth, index, weights=weights)), given) < 1e-10, index
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if name_of(row) == "dense_former"], ids=str)
@@ -286,7 +287,7 @@ def test_the_averages_of_a_dense_former_weigh_what_their_names_say(row):
     course, shown = Course(model), 0
     for index, site in sites_of(model):
         for depth in site.diagnose(course.states[index]).values():
-            assert error(course.sum_of(depth), course.states[index + 1][0]) < 1e-10, index
+            assert error(course.sum_of(depth, index), course.states[index + 1][0]) < 1e-10, index
             shown += 1
     assert shown == {"dense_former": 4, "dense_former(dilation=2, period=2)": 2}.get(row.spec, 1)
 
@@ -300,14 +301,14 @@ def test_the_ways_of_a_mudd_former_weigh_what_their_names_say():
         site = model.parts[2 + layer].sites["attention"]
         readings = site.diagnose(course.states[index])
         assert list(readings) == ["depth_q", "depth_k", "depth_v", "depth_r"]
-        *inputs, residual = (course.sum_of(depth) for depth in readings.values())
+        *inputs, residual = (course.sum_of(depth, index) for depth in readings.values())
         for given, norm, x in zip(course.given[name], site.norm.values(), inputs, strict=True):
             assert error(given, norm(x)) < 1e-10
         assert error(course.states[index + 1][0], residual + course.gave[name]) < 1e-10
     close = model.parts[-1]
     depth = close.diagnose(course.states[2 * SHAPE.layers])["depth"]
     assert depth.sources == ("embed", "00", "01", "02", "03")
-    assert error(close.norm(course.sum_of(depth)), course.gave["hidden"]) < 1e-10
+    assert error(close.norm(course.sum_of(depth, 2 * SHAPE.layers)), course.gave["hidden"]) < 1e-10
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if name_of(row) == "laurel_pa"], ids=str)
@@ -317,7 +318,7 @@ def test_gammas_weigh_the_streams_after_the_sublayers_of_their_names(row):
     course = Course(model)
     for index, site in sites_of(model):
         depth, p = site.diagnose(course.states[index])["depth"], dict(site.named_parameters())
-        moved = course.sum_of(depth, course.stream_after) @ (p["map.B.weight"] @ p["map.A.weight"]).T
+        moved = course.sum_of(depth, index, course.stream_after) @ (p["map.B.weight"] @ p["map.A.weight"]).T
         expected = course.states[index][0] + course.gave[sublayer_name(index)] + moved
         assert error(expected, course.states[index + 1][0]) < 1e-10, index
 
@@ -328,8 +329,10 @@ def test_sources_have_the_names_of_the_layers():
         for spec in ("attention_residuals", "block_attention_residuals(block_size=2)")
     )
     assert attention == ("embed", "00.attention", "00.mlp", "01.attention")
-    assert blocks == ("embed", "00.attention-00.mlp", "01.attention")
-    assert model_of("laurel_pa").parts[3].sites["attention"].sources == ("00.mlp", "00.attention", "embed")
+    assert blocks == ("embed", "00.attention-00.mlp", "01.attention-01.mlp")
+    closed = model_of("block_attention_residuals").parts[-1].sources
+    assert closed == ("embed", "00.attention-02.mlp", "03.attention-03.mlp")
+    assert model_of("laurel_pa").parts[3].sites["attention"].sources == ("embed", "00.attention", "00.mlp")
     assert model_of("dense_former(dilation=2)").parts[4].sites["mlp"].sources == ("00", "02")
 
 
@@ -378,12 +381,12 @@ def test_multipliers_of_pro_res_are_those_of_the_step():
 def test_readings_change_nothing_and_are_small_copies_without_gradients(row):
     model = model_with(row, torch.float32)
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    random, state = torch.get_rng_state(), random_state(model, 2 * SHAPE.layers - 1, dtype=torch.float32)
-    before = [tensor.clone() for tensor in state]
-    index, site = sites_of(model)[-1]
-    if index == 2 * SHAPE.layers - 1:
+    random = torch.get_rng_state()
+    for index, site in sites_of(model):
+        state = random_state(model, index, dtype=torch.float32)
+        before = [tensor.clone() for tensor in state]
         site.diagnose(state)
-    assert all(map(torch.equal, state, before))
+        assert all(map(torch.equal, state, before))
     found = all_readings(model, tokens=(2, 8), dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
@@ -396,6 +399,19 @@ def test_readings_change_nothing_and_are_small_copies_without_gradients(row):
         assert torch.equal(tensor, copy)
         assert not tensor.requires_grad and tensor.dtype == torch.float32
         assert tensor.numel() < 2 * 8 * SHAPE.width  # less than one tensor of the stream
+
+
+@pytest.mark.parametrize("row", ONE_OF_EACH, ids=str)
+@torch.no_grad()
+def test_readings_under_autocast_are_those_of_fp32_but_for_the_rounding_of_products(row):
+    model = model_with(row, torch.float32)
+    exact = all_readings(model, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = all_readings(model, dtype=torch.float32)
+    for place, readings in exact.items():
+        assert rounded[place].keys() == readings.keys()
+        for name, expected in tensors(readings).items():
+            assert error(tensor_of(rounded[place][name]), expected) < 0.02, (place, name)
 
 
 @pytest.mark.parametrize("kind", [Values, Mixing, lambda tensor: Depth(tensor, ("embed", "00"))])
