@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compiled import assert_compiles_to_one_graph
-from mixer_table import FAMILY_HEADS, ONE_OF_EACH, quick
+from mixer_table import FAMILY_HEADS, quick
 from small_models import SHAPE, model_of
 
 LENGTH = 70
@@ -11,7 +11,7 @@ IDX = torch.randint(SHAPE.vocab_size, (1, LENGTH + 1), generator=torch.Generator
 LONG = SHAPE.model_copy(update={"layers": 2, "context": LENGTH})
 
 
-@pytest.mark.parametrize("row", quick(ONE_OF_EACH), ids=str)
+@pytest.mark.parametrize("row", quick(FAMILY_HEADS), ids=str)
 def test_the_whole_model_is_one_graph(row):
     model = model_of("vanilla", LONG, away=0.1, attention=row.spec)
     assert_compiles_to_one_graph(model, 1e-9, IDX, backend="eager")

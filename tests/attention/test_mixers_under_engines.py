@@ -22,7 +22,7 @@ def case_of(row) -> Case:
     return Case("vanilla", row.spec, layers=LAYERS, step=0, away=0.3, rate=1e-3)
 
 
-@pytest.mark.parametrize("row", quick(ONE_OF_EACH), ids=str)
+@pytest.mark.parametrize("row", quick(FAMILY_HEADS), ids=str)
 def test_zero_3_trains_as_a_plain_loop(row, ranks2, tmp_path):
     case = case_of(row)
     assert_same_course(mean_over_ranks(*ranks2.run(train_under_zero, case, 3, str(tmp_path))), case)

@@ -78,7 +78,7 @@ def test_beta_one_replaces_what_the_state_holds_along_the_direction(spec):
     torch.testing.assert_close(orthogonal(after), orthogonal(X), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("spec", ["deep_delta", "deep_delta_expanded"])
+@pytest.mark.parametrize("spec", ["deep_delta", pytest.param("deep_delta_expanded", marks=pytest.mark.full)])
 def test_beta_starts_around_one_spread_by_its_weights(spec):
     """w ~ N(0, 0.5 / sqrt(C)) makes N(0, 0.5) of a normed token: mean and deviation of 2 sigmoid of it, integrated."""
     z = torch.linspace(-5, 5, 10_001, dtype=torch.float64)

@@ -42,13 +42,14 @@ HEADS = {str(row) for row in FAMILY_HEADS}
 QUICK = {*map(str, ONE_OF_EACH), *MIXERS}
 SHARED = {name for name in CASES if name.startswith("shared_token_gate")}
 
+
 @pytest.mark.parametrize("case", quick(HEADS))
 def test_zero_2_trains_as_a_plain_loop(case, ranks2, tmp_path):
     """It differs from ZeRO 1 in when gradients are reduced, which is no matter of the variant: few of them, quickly."""
     assert_same_course(mean_over_ranks(*ranks2.run(train_under_zero, case, 2, str(tmp_path))), case)
 
 
-@pytest.mark.parametrize("case", quick(QUICK))
+@pytest.mark.parametrize("case", quick(HEADS | {*MIXERS}))
 def test_zero_3_trains_as_a_plain_loop(case, ranks2, tmp_path):
     assert_same_course(mean_over_ranks(*ranks2.run(train_under_zero, case, 3, str(tmp_path))), case)
 
@@ -96,7 +97,12 @@ def test_nothing_of_a_variant_is_left_out_at_this_depth(case):
     assert site_classes(case, case.layers) == site_classes(case, 24)
 
 
-@pytest.mark.parametrize("spec", ["attention_residuals", "block_attention_residuals", "pro_res(warmup=2)"])
+OTHERS = ("block_attention_residuals", "pro_res(warmup=2)")
+
+
+@pytest.mark.parametrize(
+    "spec", ["attention_residuals", *(pytest.param(spec, marks=pytest.mark.full) for spec in OTHERS)]
+)
 def test_the_compiled_engine_keeps_to_one_graph_for_training_and_one_for_evaluation(spec, ranks1, tmp_path):
     """Whatever the layers' states and the step: no part runs uncompiled, and no step compiles anew."""
     (graphs,) = ranks1.run(compiled_graphs, spec, str(tmp_path))

@@ -83,7 +83,8 @@ def test_streams_separate(spec):
     assert relative_spread_after_training(model_of(spec, SIX_LAYERS, away=0, dtype=torch.float32)) > 1e-2
 
 
-@pytest.mark.parametrize("spec", ["mhc", OTHERS[1]])
+@pytest.mark.full
+@pytest.mark.parametrize("spec", ["mhc", "mhc_lite"])
 def test_from_a_symmetric_start_they_never_would(spec):
     model = model_of(spec, SIX_LAYERS, away=0, dtype=torch.float32)
     with torch.no_grad():

@@ -40,19 +40,25 @@ def stop_and_resume(folder, config):
     return straight, resumed
 
 
+def quick_at(chosen: int, options: dict, name: str, stages) -> list:
+    """The stages as a test's parameters, all but the chosen one in the full tier only."""
+    marks = {stage: [] if stage == chosen else [FULL] for stage in stages}
+    return [pytest.param({"stage": stage, **options}, id=f"zero{stage}-{name}", marks=marks[stage]) for stage in stages]
+
+
 @pytest.mark.parametrize(
     "config",
     [
         *(pytest.param({"stage": stage}, id=f"zero{stage}") for stage in range(4)),
-        *(pytest.param({"stage": stage, "accumulation": 2}, id=f"zero{stage}-accumulation") for stage in (0, 2)),
-        *(pytest.param({"stage": stage, "optimizer": SGD}, id=f"zero{stage}-sgd") for stage in (0, 1, 3)),
-        *(pytest.param({"stage": stage, **CPU_OFFLOAD}, id=f"zero{stage}-offload") for stage in (1, 2, 3)),
+        *quick_at(2, {"accumulation": 2}, "accumulation", (0, 2)),
+        *quick_at(3, {"optimizer": SGD}, "sgd", (0, 1, 3)),
+        *quick_at(2, CPU_OFFLOAD, "offload", (1, 2, 3)),
         *(  # DeepSpeed's own AdamW for CPUs, whose compilation takes a minute
             pytest.param({"stage": stage, "optimizer": CPU_ADAM, **CPU_OFFLOAD}, id=f"zero{stage}-cpu-adam", marks=FULL)
             for stage in (1, 2, 3)
         ),
-        *(pytest.param({"stage": stage, **BF16}, id=f"zero{stage}-bf16") for stage in (1, 2, 3)),
-        *(pytest.param({"stage": stage, **AUTOCAST}, id=f"zero{stage}-autocast") for stage in range(4)),
+        *quick_at(1, BF16, "bf16", (1, 2, 3)),
+        *quick_at(3, AUTOCAST, "autocast", range(4)),
     ],
 )
 def test_resumed_run_is_bitwise_the_uninterrupted_one(ranks2, tmp_path, config):
@@ -83,8 +89,15 @@ def load_into_every_stage(path):
     return seen
 
 
-@pytest.mark.parametrize("loading", ["ranks1", "ranks2"])
-@pytest.mark.parametrize("saving, stage", [("ranks2", stage) for stage in range(4)] + [("ranks1", 1), ("ranks1", 3)])
+SAVED = [("ranks2", stage) for stage in range(4)] + [("ranks1", 1), ("ranks1", 3)]
+QUICK_LOADS = {("ranks2", 1, "ranks1"), ("ranks2", 2, "ranks2"), ("ranks2", 3, "ranks1"), ("ranks1", 3, "ranks2")}
+LOADS = [(*saved, loading) for saved in SAVED for loading in ("ranks1", "ranks2")]
+
+
+@pytest.mark.parametrize(
+    "saving, stage, loading",
+    [pytest.param(*load, marks=[] if load in QUICK_LOADS else [FULL]) for load in LOADS],
+)
 def test_any_stage_and_rank_count_loads_from_any_other(request, tmp_path, saving, stage, loading):
     path, state = request.getfixturevalue(saving).run(train_and_save, tmp_path, stage)[0]
     for of_rank in request.getfixturevalue(loading).run(load_into_every_stage, path):
@@ -145,7 +158,9 @@ def save_untrained_and_load_into_trained(folder, config):
     return straight, resumed
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(ADAMW, id="adamw"), pytest.param(SGD, id="sgd", marks=FULL)]
+)
 @pytest.mark.parametrize("stage", range(4))
 def test_a_checkpoint_from_before_the_first_step_undoes_all_steps(ranks2, tmp_path, stage, optimizer):
     config = {"stage": stage, "optimizer": optimizer}
@@ -193,8 +208,14 @@ def copy_into(stage, path):
     return before, after, elements
 
 
-@pytest.mark.parametrize("saving, stage", [("ranks1", 0), ("ranks1", 1), ("ranks2", 2), ("ranks2", 3)])
-@pytest.mark.parametrize("copying", range(4))
+@pytest.mark.parametrize(
+    "saving, stage, copying",
+    [
+        pytest.param(*saving, copying, marks=[] if copying == (saving[1] + 1) % 4 else [FULL])
+        for saving in [("ranks1", 0), ("ranks1", 1), ("ranks2", 2), ("ranks2", 3)]
+        for copying in range(4)
+    ],
+)
 def test_copied_parameters_are_the_checkpoint_s_and_leave_the_optimizer(
     request, ranks2, tmp_path, saving, stage, copying
 ):

@@ -170,7 +170,7 @@ FAULTS_OF_OPENING = [
     f"checkpoint.{name}" for name in ("check_hashes", "SavedState", "SavedState.read", "check_shapes", "shapes_of")
 ]
 FAULTS_OF_LOADING = [
-    (load, name, rank)
+    pytest.param(load, name, rank, marks=[] if rank else [pytest.mark.full])
     for load, names in [
         (load_checkpoint, [*FAULTS_OF_OPENING, "checkpoint._set_generator_states"]),
         (copy_parameters, FAULTS_OF_OPENING),
