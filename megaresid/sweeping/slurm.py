@@ -54,7 +54,7 @@ CORES = 8
 
 
 def job_array(folder: Folder, sweep: Sweep, at_once: int | None) -> str:
-    """The script of an array of the runs that have not finished, at most ``at_once`` of them at a time. Raises UserError
+    """The script of an array of the runs that have not finished, at most ``at_once`` at a time. Raises UserError
     where all have."""
     left = [number for number, run in enumerate(sweep.runs, 1) if not folder.is_finished(run)]
     if not left:
