@@ -131,6 +131,15 @@ class Schedule(deepspeed_pipe.PipelineEngine):
     def destroy(self) -> None:
         super().destroy()
         groups.mpu = None  # or the pipeline's ranks would be those of every later engine of the process
+        # The hooks of a loss hold the engine, and the engine its last loss: a circle through autograd that no garbage
+        # collection sees.
+        self.loss = self.total_loss = None
+        self.pipe_buffers.clear()
+        # Nothing else gives back the groups of the grid and the module, and each has threads of its own.
+        grid, module = self.grid, self.module
+        own = [grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
+        for group in [*own, module.world_group, *(tied["group"] for tied in module.tied_comms.values())]:
+            dist.destroy_process_group(group)
 
     def send(self, tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         """To the next stage, in evaluation: any shapes."""

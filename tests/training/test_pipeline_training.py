@@ -1,9 +1,11 @@
 """A model in two pipeline stages trains as the plain engine does: losses, norms over all stages, clipping, refused
 updates, and evaluation of every rank's own micro-batch."""
 
+import gc
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -97,6 +99,27 @@ def test_a_gradient_that_is_not_finite_in_one_stage_stops_the_update_of_all(stag
         assert results == found[0][4]
         assert [skipped for *_, skipped in results] == [False, True, False]
         assert results[1][1] == math.inf and math.isfinite(results[1][0])
+
+
+def left_behind(options: dict, stage: int, folder: str) -> list[tuple[int, int]]:
+    """Runs on every rank: (process groups, threads) after each of three engines, one behind the other."""
+    counts = []
+    for _ in range(3):
+        config = configuration(layers=4, micro_batch_size=2, **options)
+        engine = start_engine(config, tree_of(stage, ADAMW), folder)
+        engine.train_step(micro_batches(config, engine.batch, engine.data_rank), 0.01)
+        engine.deepspeed.destroy()
+        del engine
+        gc.collect()
+        counts.append((len(torch.distributed.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/task"))))
+    return counts
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_engine_that_is_destroyed_leaves_no_group_and_no_thread(stage, ranks2, tmp_path):
+    """What is made once and kept for later engines is there after the first one."""
+    for first, second, third in ranks2.run(left_behind, {"pipeline_stages": 2}, stage, str(tmp_path)):
+        assert first == second == third
 
 
 def texts(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
