@@ -59,12 +59,17 @@ def _by_depth(findings: Findings, quantities: Sequence[str], title: str) -> Figu
     rows = math.ceil(len(quantities) / columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.6), dpi=100, layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for quantity, axes in zip(quantities, panels):
+    for quantity, axes in zip(quantities, _grid(figure, rows, columns, len(quantities)), strict=True):
         _panel(axes, quantity, findings)
-    for axes in list(panels):
-        axes.remove()
     return figure
+
+
+def _grid(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
+    """The first ``count`` panels of a grid, and none behind them."""
+    panels = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for panel in panels[count:]:
+        panel.remove()
+    return panels[:count]
 
 
 def _panel(axes: Axes, quantity: str, findings: Findings) -> None:
@@ -168,16 +173,14 @@ def _mixing(name: str, matrices: MixingMatrices, title: str) -> Figure:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1.5 * columns + 1.2, 1.75 * rows + 1.0), dpi=100, layout="constrained")
     figure.suptitle(f"{title}\n{name}, mean over tokens: from streams (columns, sums below) to streams (rows)")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = _grid(figure, rows, columns, len(panels))
     most = max(np.abs(matrix).max() for matrix in panels.values())
     image = None
-    for (place, matrix), panel in zip(panels.items(), axes.flat):
+    for (place, matrix), panel in zip(panels.items(), axes, strict=True):
         image = panel.imshow(matrix, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
         panel.set_title(place, fontsize="x-small")
         numbers = range(len(matrix))
         panel.set_xticks(numbers, [f"{total:.2g}" for total in matrix.sum(0)], fontsize="xx-small", rotation=90)
         panel.set_yticks(numbers, [f"{total:.2g}" for total in matrix.sum(1)], fontsize="xx-small")
-    for panel in axes.flat[len(panels) :]:
-        panel.remove()
     figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
     return figure

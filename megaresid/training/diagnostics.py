@@ -74,7 +74,7 @@ class Diagnostics:
         try:
             findings = self._probe()
         except Exception as error:
-            failure = " ".join(f"{type(error).__name__}: {error}".split())
+            failure = _told(error)
         if self._any_rank(failure is not None):
             self._fail(failure or "on another rank")
             return
@@ -83,7 +83,10 @@ class Diagnostics:
         if self._recorder:
             seconds = time.perf_counter() - since
             self._recorder.diagnosis(step, findings.numbers() | {"diagnostics/seconds": seconds}, _samples(findings))
-            self._draw(step, findings)
+            try:
+                self._draw(step, findings)
+            except Exception as error:
+                self._recorder.say(f"the figures of diagnostics could not be drawn: {_told(error)}")
 
     def _probe(self) -> Findings:
         engine = self._engine
@@ -117,3 +120,7 @@ class Diagnostics:
 def _samples(findings: Findings) -> dict[str, np.ndarray]:
     """Of each quantity, the values of all places in one histogram."""
     return {f"diagnostics/{name}": np.concatenate([*places.values()]) for name, places in findings.samples.items()}
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
