@@ -21,7 +21,7 @@ from megaresid.compare.results import (
     Problem,
     Variant,
 )
-from megaresid.compare.runs import Found, Run, Unreadable, read_runs
+from megaresid.compare.runs import Found, Run, Unreadable, plain, read_runs
 from megaresid.compare.statistics import LEVEL, Paired, holm, paired
 from megaresid.errors import UserError, suggestion
 
@@ -88,7 +88,7 @@ def sound_runs(found: Found) -> Sound:
                 counts[run.spec.hash] = accounting.counts(run)
             kept.append(run)
         except Unreadable as problem:
-            problems.append(Problem(run=run.name, line=str(problem)))
+            problems.append(Problem(run=run.name, line=plain(str(problem))))
     problems += [Problem(run=run.name, line=run.not_ended()) for run in kept if run.state != "ended"]
     choices = []
     for group in grouped(kept, found.planned):

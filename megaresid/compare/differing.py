@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megaresid.compare.results import Differing
-from megaresid.compare.runs import Run, number
+from megaresid.compare.runs import Run, number, plain
 
 RECIPE = (
     *("global_batch_size", "schedule", "warmup_fraction", "decay_fraction", "weight_decay", "betas", "clip"),
@@ -59,7 +59,7 @@ def differences(runs: Sequence[Run], flops_per_token: Mapping[str, int]) -> tupl
             if key == TOKENS and spent:
                 comparable = True
             sorted_values = sorted((value, tuple(sorted(names))) for value, names in by_value.items())
-            found.append(Differing(key=key, values=tuple(sorted_values), comparable=comparable))
+            found.append(Differing(key=plain(key), values=tuple(sorted_values), comparable=comparable))
     return sorted(found, key=lambda one: one.comparable), spent
 
 
@@ -121,7 +121,7 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return plain(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megaresid.compare.results import Problem
-from megaresid.compare.runs import Planned, Run
+from megaresid.compare.runs import Planned, Run, plain
 
 NAMING = (
     *("residual", "attention", "positions", "separate_documents", "model", "layers", "heads", "width", "context"),
@@ -97,7 +97,7 @@ def variant_names(by_hash: Mapping[str, Sequence[Run]]) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else str(value).lower()
+    return plain(value) if isinstance(value, str) else str(value).lower()
 
 
 def one_of_each(runs: Sequence[Run]) -> tuple[list[Run], list[Problem], list[str]]:

@@ -48,7 +48,7 @@ class _Shape(_Known):
 
 
 class _Spec(_Known):
-    hash: str
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
     shape: _Shape
     parameters: int | None = Field(None, ge=0, le=MOST)
     flops_per_token: int | None = Field(None, ge=1, le=MOST)
@@ -161,7 +161,7 @@ class Run:
     def measured_at_end(self) -> dict[str, float]:
         """All finite numbers of its last step's rows."""
         rows = (row for row in self.rows if row["step"] == self.steps)
-        return {key: value for row in rows for key in row if (value := number(row, key)) is not None}
+        return {plain(key): value for row in rows for key in row if (value := number(row, key)) is not None}
 
     @cached_property
     def state(self) -> Literal["ended", "diverged", "unfinished"]:
@@ -213,6 +213,12 @@ class Found:
     problems: tuple[Problem, ...]
 
 
+def plain(text: str) -> str:
+    """With what would move a terminal's cursor, or is no text, written out as Python does: anybody may have written
+    a run directory."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def number(row: Tree, key: str) -> float | None:
     """A finite number; None for anything else, and where it is not there."""
     value = row.get(key)
@@ -232,9 +238,9 @@ def read_runs(paths: Sequence[Path]) -> Found:
             raise UserError(f"{path}: there is no such folder: name a run directory, a folder of them, or a sweep")
         prefix = _prefix(path, paths)
         for name, found in _within(path):
-            name = f"{prefix}{name}" if name else prefix.rstrip("/") or path.resolve().name
+            name = plain(f"{prefix}{name}" if name else prefix.rstrip("/") or path.resolve().name)
             if isinstance(found, str):
-                problems.append(Problem(run=name, line=found))
+                problems.append(Problem(run=name, line=plain(found)))
             elif isinstance(found, dict):
                 planned.append(Planned(name, found))
                 problems.append(Problem(run=name, line="missing: its sweep names it, and there is no such run yet"))
@@ -242,7 +248,7 @@ def read_runs(paths: Sequence[Path]) -> Found:
                 try:
                     runs[found.resolve()] = read_run(found, name)
                 except Unreadable as problem:
-                    problems.append(Problem(run=name, line=str(problem)))
+                    problems.append(Problem(run=name, line=plain(str(problem))))
     return Found(tuple(runs.values()), tuple(planned), tuple(problems))
 
 
