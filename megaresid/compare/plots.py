@@ -3,7 +3,7 @@
 import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megaresid.compare.results import Comparison, Curve, Difference, Point, Variant
-from megaresid.compare.units import FLOPS, TIME, TOKENS, Unit, fixed, rate, unit_for
+from megaresid.compare.units import FLOPS, TIME, TOKENS, Unit, fixed, rate, significant, unit_for
 from megaresid.compare.wording import half_width, in_order
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, without their yellow, which is hard to see on white. Black is the baseline's."""
+BASELINE = "#000000"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, without their yellow, which is hard to see on white."""
 MARKERS = "os^DvPX<>*ph"
 DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))
-WIDTH = 6.4  # inches: text of 9 points is legible on a phone and in half a wide window
+WIDTH = 5.6  # inches: text of 9 points is legible on a phone and in half a wide window
 SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -32,7 +33,7 @@ SETTINGS = {
     "svg.fonttype": "path",
 }
 LOSS = "validation loss (nats per token)"
-SHOWN_FROM = 0.2
+SHOWN_FROM = 0.25
 """The part of the baseline's training after which its loss is on the axis."""
 FAR = 4.0
 NEAR = 0.05  # nats: what is so near to the best is always on the axis
@@ -60,7 +61,8 @@ class Style:
         return {"color": self.colour, "linestyle": self.dashes, "linewidth": 1.6}
 
     def point(self) -> dict:
-        return {"color": self.colour, "marker": self.marker, "markersize": 6, "markeredgecolor": "white"}
+        edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+        return {"color": self.colour, "marker": self.marker, "markersize": 6.5, **edge}
 
 
 def draw(comparison: Comparison) -> list[Drawing]:
@@ -94,9 +96,11 @@ def as_png(figure: Figure) -> bytes:
 
 
 def styles(variants: Sequence[Variant]) -> dict[str, Style]:
-    """One a variant, the same in every plot; up to 84 differ in colour or marker."""
+    """One a variant, the same in every plot: black for the first, and twelve that differ in marker, more in all."""
     return {
-        variant.name: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+        variant.name: Style(
+            COLOURS[(i - 1) % len(COLOURS)] if i else BASELINE, MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
+        )
         for i, variant in enumerate(variants)
     }
 
@@ -115,7 +119,7 @@ Row = tuple[float, float, float, float]
 
 
 def over_seeds(curves: Iterable[Curve], what: str) -> list[Row]:
-    """Of every step at which all curves have a finite loss: the mean of ``what``; the loss's mean, lowest and highest."""
+    """Of every step at which all curves have a finite loss: the mean of ``what``; the loss's mean, lowest, highest."""
     curves = [curve for curve in curves if curve.points]
     by_step: dict[int, list[Point]] = defaultdict(list)
     for curve in curves:
@@ -151,13 +155,17 @@ def reach(values: Iterable[float]) -> float:
     return max(value for value in finite if value <= near)
 
 
-def _figure(variants: Sequence[Variant], style: Mapping[str, Style], height: float = 3.8) -> tuple[Figure, Axes]:
-    """With the legend below the axes, where it covers nothing."""
-    names = [drawn_name(variant.name) for variant in variants]
+def _figure(
+    variants: Sequence[Variant], style: Mapping[str, Style], far: Container[str] = (), lines: bool = True
+) -> tuple[Figure, Axes]:
+    """With the legend, of lines or of points, below the axes, where it covers nothing."""
+    names = [drawn_name(v.name) + (" (beyond the axis)" if v.name in far else "") for v in variants]
     columns = max(1, min(4, 80 // (max(map(len, names)) + 8)))
-    figure = Figure(figsize=(WIDTH, height + 0.21 * math.ceil(len(names) / columns)), layout="constrained")
-    handles = [Line2D([], [], **(style[variant.name].line() | style[variant.name].point())) for variant in variants]
-    figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, handlelength=3.5)
+    figure = Figure(figsize=(WIDTH, 3.8 + 0.21 * math.ceil(len(names) / columns)), layout="constrained")
+    looks = [style[variant.name] for variant in variants]
+    handles = [Line2D([], [], **((look.line() if lines else {"linestyle": ""}) | look.point())) for look in looks]
+    length = 3.5 if lines else 1
+    figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, handlelength=length)
     return figure, figure.subplots()
 
 
@@ -185,16 +193,16 @@ def _curves(comparison: Comparison, what: str, name: str, units: tuple[Unit, ...
     if not lines:
         return None
     shown = [variant for variant in in_order(comparison) if variant.name in lines]
-    style = styles(in_order(comparison))
-    figure, axes = _figure(shown, style)
-    unit = unit_for([row[0] for rows in lines.values() for row in rows], units)
-    for variant, rows in lines.items():
-        _band(axes, rows, unit.factor, style[variant], variant)
     reference = lines.get(comparison.baseline, next(iter(lines.values())))
     top = next((row[1] for row in reference if row[0] >= SHOWN_FROM * reference[-1][0]), reference[-1][1])
     low = min(row[2] for rows in lines.values() for row in rows)
     high = max(top, reference[-1][3])
     far = {variant: rows[-1][1] for variant, rows in lines.items() if rows[-1][1] > high}
+    style = styles(in_order(comparison))
+    figure, axes = _figure(shown, style, far)
+    unit = unit_for([row[0] for rows in lines.values() for row in rows], units)
+    for variant, rows in lines.items():
+        _band(axes, rows, unit.factor, style[variant], variant)
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high)
     axes.set_xlim(left=0)
@@ -235,13 +243,13 @@ def _gaps(comparison: Comparison) -> Drawing | None:
     lines = {variant: rows for variant, rows in lines.items() if rows}
     if not lines:
         return None
+    limit = reach([0.0, *(abs(rows[-1][1]) for rows in lines.values())])
+    far = {variant: rows[-1][1] for variant, rows in lines.items() if abs(rows[-1][1]) > limit}
     style = styles(in_order(comparison))
-    figure, axes = _figure([v for v in others if v.name in lines], style)
+    figure, axes = _figure([v for v in others if v.name in lines], style, far)
     unit = unit_for([row[0] for rows in lines.values() for row in rows], TOKENS)
     for variant, rows in lines.items():
         _band(axes, rows, unit.factor, style[variant], variant)
-    limit = reach([0.0, *(abs(rows[-1][1]) for rows in lines.values())])
-    far = {variant: rows[-1][1] for variant, rows in lines.items() if abs(rows[-1][1]) > limit}
     late = [
         row[2:]
         for variant, rows in lines.items()
@@ -256,8 +264,8 @@ def _gaps(comparison: Comparison) -> Drawing | None:
     axes.set_xlabel(f"{unit.name} of training")
     axes.set_ylabel("difference of validation loss\n(nats per token)")
     caption = (
-        f"Validation loss minus that of {comparison.baseline} at the same step, paired by seed: mean of the seeds, and a "
-        "band from the lowest to the highest. The axis fits what follows the first fifth of training."
+        f"Validation loss minus that of {comparison.baseline} at the same step, paired by seed: mean of the seeds, and "
+        "a band from the lowest to the highest. The axis fits what follows the first quarter of training."
         + _beyond(far, signed=True)
     )
     alt = f"Curves of the difference to {comparison.baseline} over tokens. They end at: {_ends(lines)}"
@@ -305,33 +313,36 @@ def _against_cost(
         return None
     variants = [v for v in comparison.variants if v.name in spent]
     style = styles(in_order(comparison))
-    figure, axes = _figure(variants, style)
-    unit = unit_for([x for x, _ in spent.values()], units)
     high = reach([y for _, y in spent.values()])
+    far = {v: y for v, (_, y) in spent.items() if y > high}
+    figure, axes = _figure(variants, style, far, lines=False)
+    unit = unit_for([x for x, _ in spent.values()], units)
     for variant in variants:
         x, y = spent[variant.name]
         if y <= high:
-            axes.errorbar(
-                x / unit.factor, y, yerr=half_width(variant.loss), **style[variant.name].point(), linestyle="none",
-                ecolor=style[variant.name].colour, capsize=2, label=variant.name,
-            )
+            look = style[variant.name]
+            bars = {"yerr": half_width(variant.loss), "ecolor": look.colour, "capsize": 2, "linestyle": "none"}
+            axes.errorbar(x / unit.factor, y, **bars, **look.point(), label=variant.name)
     front = pareto_front(spent)
     widest = max(x for x, _ in spent.values()) / unit.factor
     steps = [(spent[v][0] / unit.factor, spent[v][1]) for v in front]
     steps.append((widest, steps[-1][1]))
-    axes.plot(
-        [x for x, _ in steps], [y for _, y in steps], drawstyle="steps-post", color="#777777", linewidth=1.2,
-        linestyle="--", zorder=1, label="Pareto front",
-    )
+    dashed = {"drawstyle": "steps-post", "color": "#777777", "linewidth": 1.2, "linestyle": "--", "zorder": 1}
+    axes.plot(*zip(*steps), **dashed, label="Pareto front")
     axes.margins(0.08)
+    if far:
+        reaches = [half_width(v.loss) or 0.0 for v in variants]
+        shown = [(v.loss.mean, half) for v, half in zip(variants, reaches) if v.name not in far]
+        low, high = min(y - half for y, half in shown), max(y + half for y, half in shown)
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     axes.set_xlabel(f"{name} ({unit.name})" if units is TIME else f"{unit.name} per token")
     axes.set_ylabel(f"final {LOSS}")
-    far = {v: y for v, (_, y) in spent.items() if y > high}
     caption = (
         f"Final validation loss against {name}, with 95% intervals over seeds. On the dashed Pareto front, where none "
         f"is both cheaper and better: {', '.join(front)}.{_beyond(far)}"
     )
-    return Drawing(f"loss_against_{file}", figure, caption, f"Final validation loss against {name}. {caption}")
+    alt = "; ".join(f"{v} {fixed(y)} at {significant(x / unit.factor)}" for v, (x, y) in spent.items())
+    return Drawing(f"loss_against_{file}", figure, caption, f"Final validation loss against {name}: {alt}")
 
 
 def _differences(comparison: Comparison) -> Drawing | None:
@@ -358,13 +369,15 @@ def _differences(comparison: Comparison) -> Drawing | None:
                 side, row + 0.15, marker="<" if side < 0 else ">", color=look.colour, markersize=8, clip_on=False
             )
         about = "" if half is None else f" ± {fixed(half)}"
-        above = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        axes.text(0.0, row - 0.24, drawn_name(variant.name), **above)
-        axes.text(1.0, row - 0.24, fixed(found.mean, signed=True) + about, ha="right", **above)
+        ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+        above = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8, "bbox": ground}
+        axes.text(0.01, row - 0.24, drawn_name(variant.name), **above)
+        axes.text(0.99, row - 0.24, fixed(found.mean, signed=True) + about, ha="right", **above)
     axes.axvline(0.0, color="black", linewidth=1)
     axes.set_xlim(-1.05 * limit, 1.05 * limit)
     axes.set_ylim(len(variants) - 0.45, -0.55)
     axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("difference of final validation loss (nats per token)\n← better    worse →")
     caption = (

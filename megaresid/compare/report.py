@@ -1,4 +1,4 @@
-"""A comparison as files: one page for a browser, the same in Markdown and JSON, and the plots."""
+"""A comparison as files: one page for a browser, the same in Markdown and in JSON, and the plots."""
 
 import base64
 import os
@@ -26,31 +26,31 @@ def write(comparison: Comparison, out: Path) -> None:
     drawings = plots.draw(comparison)
     pictures = {drawing.name: plots.as_svg(drawing.figure) for drawing in drawings}
     (out / "plots").mkdir(parents=True, exist_ok=True)
+    # First: it marks the folder as a report's, which may be written again where this stops half way.
+    durable.write_text(out / "report.json", comparison.model_dump_json(indent=2) + "\n")
     for drawing in drawings:
         durable.write_text(out / "plots" / f"{drawing.name}.svg", pictures[drawing.name])
         _write_bytes(out / "plots" / f"{drawing.name}.png", plots.as_png(drawing.figure))
-    durable.write_text(out / "report.json", comparison.model_dump_json(indent=2) + "\n")
     durable.write_text(out / "report.md", as_markdown(comparison, drawings))
     durable.write_text(out / "report.html", as_html(comparison, drawings, pictures))
 
 
 def as_html(comparison: Comparison, drawings: Sequence[plots.Drawing], pictures: dict[str, str]) -> str:
     """The page, with the pictures (SVG by the drawing's name) in it."""
-    environment = Environment(
-        loader=PackageLoader("megaresid.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment()
     data = {name: base64.b64encode(svg.encode()).decode() for name, svg in pictures.items()}
     return environment.get_template("report.html.j2").render(_content(comparison, drawings), data=data)
 
 
 def as_markdown(comparison: Comparison, drawings: Sequence[plots.Drawing]) -> str:
     """The same, with links to the plots."""
-    environment = Environment(
-        loader=PackageLoader("megaresid.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=_plain_markdown, keep_trailing_newline=True,
-    )
+    environment = _environment(finalize=_plain_markdown)
     return environment.get_template("report.md.j2").render(_content(comparison, drawings))
+
+
+def _environment(**options: Any) -> Environment:
+    options |= {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader("megaresid.compare"), keep_trailing_newline=True, **options)
 
 
 def _content(comparison: Comparison, drawings: Sequence[plots.Drawing]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megaresid.compare.units import (
     significant,
     unit_for,
 )
-from megaresid.compare.wording import half_width, in_order, interval
+from megaresid.compare.wording import amount, half_width, in_order, interval
 
 NATS = "nats per token"
 
@@ -210,8 +210,7 @@ def equal_cost(comparison: Comparison) -> Table | None:
     kinds = (("tokens", TOKENS), ("flops", FLOPS), ("seconds", TIME))
     columns = ["variant"]
     for what, units in kinds:
-        unit = unit_for([getattr(budget, what)], units)
-        columns.append(f"loss at {significant(getattr(budget, what) / unit.factor)} {unit.name}")
+        columns.append(f"loss at {amount(getattr(budget, what), units)}")
         columns += ["95% interval"] + (["place"] if orders else [])
     rows = []
     for variant in in_order(comparison):

@@ -1,6 +1,5 @@
 """The answer of a comparison in sentences: who is better, by how much, and who cannot be told apart."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megaresid.compare.results import Comparison, Difference, Estimate, Variant
@@ -22,6 +21,7 @@ VERDICTS = {
     "worse": "Worse",
     "not distinguishable": "Not distinguishable",
     "too few seeds": "Too few seeds to tell",
+    "not compared": "Not compared",
 }
 SAME_COST = 0.02
 """By how much of itself a total of FLOPs or seconds may differ and still be called equal: a step more or less."""
@@ -49,16 +49,18 @@ def in_order(comparison: Comparison) -> tuple[Variant, ...]:
 
 
 def findings(comparison: Comparison) -> list[Finding]:
-    """One for each variant that was compared with the baseline, the better ones first; none where none is ranked."""
+    """One for each variant but the baseline, the better ones first; none where none is ranked."""
     if comparison.refusal is not None:
         return []
-    compared = [variant for variant in comparison.variants if variant.difference is not None]
-    return [
-        Finding(place, verdict, variant.name, _words(variant.difference))
-        for place, verdict in enumerate(VERDICTS)
-        for variant in compared
-        if variant.difference.verdict == verdict
-    ]
+    found = []
+    for variant in comparison.variants:
+        if variant.difference is not None:
+            verdict, words = variant.difference.verdict, _words(variant.difference)
+        else:
+            verdict, words = "not compared", "no seed was trained with both it and the baseline"
+        if variant.name != comparison.baseline:
+            found.append(Finding(list(VERDICTS).index(verdict), verdict, variant.name, words))
+    return sorted(found, key=lambda finding: finding.place)
 
 
 def _words(difference: Difference) -> str:
@@ -141,13 +143,10 @@ def warnings(comparison: Comparison) -> list[str]:
                 f"{variant.name}: its best learning rate, {rate(variant.learning_rate)}, is at the edge of those "
                 "tried; a better one may lie beyond."
             )
-    said += [f"{name}: {counted(count, 'run')} diverged." for name, count in _diverged(comparison.variants)]
+    diverged = [(variant.name, sum(at.diverged for at in variant.rates)) for variant in in_order(comparison)]
+    if any(count for _, count in diverged):
+        said.append("Diverged runs: " + ", ".join(f"{count} of {name}" for name, count in diverged if count) + ".")
     if comparison.problems:
         count = counted(len({problem.run for problem in comparison.problems}), "run")
         said.append(f"{count} could not be counted, or not wholly: see the problems below.")
     return said
-
-
-def _diverged(variants: Iterable[Variant]) -> list[tuple[str, int]]:
-    counts = [(variant.name, sum(at.diverged for at in variant.rates)) for variant in variants]
-    return [(name, count) for name, count in counts if count]

@@ -48,14 +48,28 @@ class Maker:
         seeds = tuple(self.seeds)
         if len(seeds) == 1:
             return Difference(
-                mean=mean, low=None, high=None, seeds=seeds, p_t=None, p_permutation=None, p_holm=None, detectable=None,
+                mean=mean,
+                low=None,
+                high=None,
+                seeds=seeds,
+                p_t=None,
+                p_permutation=None,
+                p_holm=None,
+                detectable=None,
                 verdict="too few seeds",
             )
         half = spread * self.random.uniform(1.5, 2.5)
         p = self.random.uniform(0.1, 0.9) if verdict == "not distinguishable" else self.random.uniform(0.001, 0.02)
         return Difference(
-            mean=mean, low=mean - half, high=mean + half, seeds=seeds, p_t=p, p_permutation=0.25, p_holm=min(1, 1.37 * p),
-            detectable=half * 1.43, verdict=verdict,
+            mean=mean,
+            low=mean - half,
+            high=mean + half,
+            seeds=seeds,
+            p_t=p,
+            p_permutation=self.random.uniform(0.03, 0.9),
+            p_holm=min(1, 1.37 * p),
+            detectable=half * 1.43,
+            verdict=verdict,
         )
 
     def curve(self, run: str, seed: int, end: float, flops: float, seconds: float) -> Curve:
@@ -75,7 +89,7 @@ class Maker:
         )
         return Curve(run=run, seed=seed, points=points)
 
-    def variant(self, name: str, change: float | None, verdict: str = "", slower: float = 0.0, rates: int = 3) -> Variant:
+    def variant(self, name: str, change: float | None, verdict: str = "", slower: float = 0, rates: int = 3) -> Variant:
         """``change`` None: the baseline."""
         at = change or 0.0
         run = f"runs/{name}"
@@ -85,7 +99,7 @@ class Maker:
         at_rates = tuple(
             AtRate(
                 learning_rate=x,
-                loss=loss if x == 3e-4 else self.estimate(f"{run}-{x}", 2.2763 + at + abs(math.log(x / 3e-4)) / 30, 0.002),
+                loss=loss if x == 3e-4 else self.estimate(f"{run}-{x}", 2.31 + at, 0.002),
                 diverged=int(x == 1e-3),
             )
             for x in tried
@@ -94,8 +108,8 @@ class Maker:
             Metric(
                 name=what,
                 better=better,
-                estimate=self.estimate(run, value + scale * at, scale * 0.002),
-                difference=None if change is None else self.difference(scale * at, scale * 0.004, verdict),
+                estimate=self.estimate(run, value + scale * at, abs(scale) * 0.002),
+                difference=None if change is None else self.difference(scale * at, abs(scale) * 0.004, verdict),
             )
             for what, better, value, scale in (
                 ("wikitext2 perplexity", "lower", 44.28, 30.0),
@@ -132,7 +146,10 @@ class Maker:
 
 
 def made_comparison(
-    changes: dict[str, tuple[float, str, float]] | None = None, seeds: int = 3, rates: int = 3, baseline: str = "vanilla"
+    changes: dict[str, tuple[float, str, float]] | None = None,
+    seeds: int = 3,
+    rates: int = 3,
+    baseline: str = "vanilla",
 ) -> Comparison:
     """Of ``{name: (difference to the baseline, verdict, how much slower its step is)}``."""
     if changes is None:
