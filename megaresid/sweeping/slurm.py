@@ -24,7 +24,7 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --chdir={folder}
-#SBATCH --output={logs}/task-%A_%a.log
+#SBATCH --output={log}
 
 # The warning comes to this shell alone: a job that its owner cancels must not come back.
 out_of_time=
@@ -65,7 +65,7 @@ def job_array(folder: Folder, sweep: Sweep, at_once: int | None) -> str:
         ranks=sweep.num_accelerators,
         cores=CORES * sweep.num_accelerators,
         folder=shlex.quote(str(Path.cwd())),
-        logs=folder.path / "logs",
+        log=shlex.quote(f"{folder.path}/logs/task-%A_%a.log"),
         python=shlex.quote(sys.executable),
         out=shlex.quote(str(folder.path)),
     )

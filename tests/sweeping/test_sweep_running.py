@@ -73,7 +73,7 @@ def test_enlarged_axes_run_what_is_new(place, capfd):
     assert said.count("skipped   ") == 2 and "ended     6 of 6" in said
 
 
-@pytest.mark.parametrize("code", [1, 2, 76, 137])
+@pytest.mark.parametrize("code", [1, 76, *(pytest.param(code, marks=pytest.mark.full) for code in (2, 137))])
 def test_a_run_that_fails_is_told_and_the_sweep_goes_on(place, stub, capfd, code):
     out = f"failing {code}"
     stub(**{A: {"code": code}})
@@ -97,7 +97,9 @@ def test_a_run_without_the_metrics_of_its_last_step_has_not_finished(place, stub
     assert "its metrics have no step 3" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.full) for one in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_stops_the_runs_which_save_and_the_same_command_goes_on(place, stub, tmp_path, capfd, number):
     out = f"stopped {number}"
     stub(**{A: {"hold": 2}})
