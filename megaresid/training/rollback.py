@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megaresid.training.checkpoint_format import ASIDE, FOLDER, SavedState, checkpoints_in
+from megaresid.training.agreement import agreed
+from megaresid.training.checkpoint_format import ASIDE, FOLDER, checkpoints_in, read_header
 from megaresid.training.health import Health
 from megaresid.training.loop import Outcome
 
@@ -18,7 +19,8 @@ AT_MOST = 3
 @dataclass(frozen=True)
 class Back:
     """A return to ``checkpoint``, of step ``step``. From there on step n trains on batch n + ``skipped_batches``: on
-    what comes after the batch of the last bad step.
+    what comes after the batch of the last bad step. Where that one is damaged, it is to an older one, and past as many
+    batches more.
 
     All batches between are passed over, the good ones too: a skipped update changes nothing, so that training on those
     again would lead to the very state in which the bad ones came.
@@ -41,15 +43,19 @@ class Rollbacks:
 
         ``wanted``: it is to go back if it can; ``skipped_batches`` were skipped by returns before.
         """
-        found = [newest_healthy(self._checkpoints) if dist.get_rank() == 0 else None]
+        found = [None]
+        with agreed(f"checkpoints of {self._checkpoints}"):
+            if dist.get_rank() == 0:
+                found = [newest_healthy(self._checkpoints)]
         dist.broadcast_object_list(found, src=0)
         last, verdict = found[0], health.verdict
         what = f"step {verdict.step}: {health.bad_in_a_row} bad steps in a row"
         step = int(last.name.removeprefix("step_")) if last else 0
         if wanted and last and self._made[step] < AT_MOST:
             self._made[step] += 1
-            if dist.get_rank() == 0:
-                _remove_newer(self._checkpoints, last)
+            with agreed(f"checkpoints of {self._checkpoints}"):
+                if dist.get_rank() == 0:
+                    _remove_newer(self._checkpoints, last)
             back = Back(last, step, skipped_batches + verdict.step - step)
             return back, f"{what}: going back to {last.name}, and past the batches of {verdict.step - step} steps"
         tried = f" after going back to it {AT_MOST} times" if wanted and last else ""
@@ -60,9 +66,8 @@ class Rollbacks:
 def newest_healthy(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint that was not saved (on a signal, say) between skipped updates."""
     for path in reversed(checkpoints_in(checkpoints)):
-        with SavedState(path) as saved:
-            if not saved.header.counters.get("health", {}).get("bad_in_a_row"):
-                return path
+        if not read_header(path).counters.get("health", {}).get("bad_in_a_row"):
+            return path
     return None
 
 

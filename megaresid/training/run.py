@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,8 +75,9 @@ def _carry_out(
     rollbacks = Rollbacks(config.run.run_dir)
     outcome = _train(engine, prepared, directory, first, counters, rollbacks, wishes, watchdog)
     while isinstance(outcome, Back):
-        state = load_checkpoint(engine.deepspeed, engine.parameters, outcome.checkpoint)
-        counters = state.counters | {"skipped_batches": outcome.skipped_batches}
+        state, loaded, damaged = load_newest(engine.deepspeed, engine.parameters, outcome.checkpoint)
+        _tell_damaged(damaged, loaded)
+        counters = state.counters | {"skipped_batches": outcome.skipped_batches + outcome.step - state.step}
         outcome = _train(engine, prepared, directory, state.step, counters, rollbacks, wishes, watchdog)
     torch.distributed.barrier()
     engine.deepspeed.destroy()
@@ -210,11 +211,15 @@ def _restore(engine: Engine, prepared: Prepared) -> tuple[int, dict[str, Any], P
         return 0, {}, None
     if prepared.config.run.resume == "auto":
         state, resume, damaged = load_newest(engine.deepspeed, engine.parameters, resume)
-        for problem in damaged if torch.distributed.get_rank() == 0 else ():
-            print(f"warning: {problem}; going on from {resume.name}", file=sys.stderr, flush=True)
+        _tell_damaged(damaged, resume)
     else:
         state = load_checkpoint(engine.deepspeed, engine.parameters, resume)
     return state.step, state.counters, resume
+
+
+def _tell_damaged(damaged: Iterable[str], loaded: Path) -> None:
+    for problem in damaged if torch.distributed.get_rank() == 0 else ():
+        sys.stderr.write(f"warning: {problem}; going on from {loaded.name}\n")
 
 
 def _record_start(engine: Engine, prepared: Prepared, directory: RunDirectory | None) -> None:
