@@ -48,8 +48,9 @@ class Health:
     nats or a quarter of the norm, so in the steadiest run a spike is a loss 0.4 nats above the window's mean or a norm
     above e^2 = 7.4 times the usual. Noise with normal tails comes so far once in 1e15 steps.
 
-    Only good steps enter the window: bad ones in a row do not make each other normal. A lasting change of level
-    (another kind of text from some step on) therefore counts as bad, and ends in ``STOP`` after ``max_bad_steps``.
+    Only steps whose update is made enter the window: bad ones in a row do not make each other normal. A lasting change
+    of level (another kind of text from some step on) therefore counts as bad, and ends in ``STOP`` after
+    ``max_bad_steps``; where spikes are applied (``--on-spike none``), it becomes the usual.
     """
 
     def __init__(self, options: HealthOptions, state: dict[str, Any] | None = None):

@@ -12,7 +12,7 @@ from gpt_runs import ADAMW, GLOBAL_BATCH, configuration, micro_batches, plan_of,
 
 from megaresid.config import HealthOptions
 from megaresid.model.gpt import build
-from megaresid.training.health import Health, Next
+from megaresid.training.health import Health, Next, finite
 from megaresid.training.schedule import learning_rate
 from megaresid.training.zero_state import live_state
 
@@ -107,13 +107,56 @@ def test_what_follows_from_spikes_in_a_row(on_spike, after):
         assert health.next() is expected
 
 
+@pytest.mark.parametrize("on_spike", ["none", "skip", "rollback", "stop"])
+def test_a_good_step_lets_the_run_go_on_and_ends_the_row(on_spike):
+    health = Health(HealthOptions(on_spike=on_spike, spike_window=20, max_bad_steps=1))
+    assert health.next() is Next.GO_ON
+    steady(health, 20)
+    health.accepts(21, math.nan, 1.0)
+    assert health.bad_in_a_row == 1 and health.next() is not Next.GO_ON
+    assert health.accepts(22, 3.0, 1.0) and health.next() is Next.GO_ON and health.bad_in_a_row == 0
+
+
+def test_a_spike_that_is_applied_is_counted_and_belongs_to_what_the_next_is_judged_by():
+    """--on-spike none: a new level is told once, a window long at most, and saving goes on meanwhile."""
+    health = Health(HealthOptions(on_spike="none", spike_window=20, max_bad_steps=3))
+    steady(health, 20)
+    assert health.accepts(21, 9.0, 1.0) and health.verdict.reason
+    assert (health.bad_steps, health.bad_in_a_row) == (1, 0)
+    assert health.window()["loss_mean"] > 3.2
+    for step in range(22, 42):
+        assert health.accepts(step, 9.0, 1.0)
+    assert not health.verdict.reason and health.window()["loss_mean"] == pytest.approx(9.0)
+
+
+def test_the_window_is_told_as_it_is():
+    """Against the definition; before the first step there is nothing to tell."""
+    health = Health(HealthOptions(spike_window=4))
+    assert health.window() == {"steps": 0} | dict.fromkeys(list(health.window())[1:])
+    for step, (loss, norm) in enumerate([(9.0, 9.0), (1.0, 1.0), (2.0, math.e), (3.0, math.e**2), (6.0, math.e**5)]):
+        assert health.accepts(step + 1, loss, norm)
+    expected = {"steps": 4, "loss_mean": 3.0, "loss_deviation": 3.5**0.5}
+    expected |= {"log_norm_mean": 2.0, "log_norm_deviation": 3.5**0.5}
+    assert health.window() == pytest.approx(expected)
+
+
+def test_a_gradient_of_nothing_is_no_fault():
+    health = Health(HealthOptions(spike_window=3))
+    assert all(health.accepts(step + 1, 3.0, 0.0) for step in range(5))
+
+
+@pytest.mark.parametrize("loss, norm, expected", [(1, 1, True), (math.nan, 1, False), (1, math.inf, False)])
+def test_the_least_that_is_asked(loss, norm, expected):
+    assert finite(loss, norm) is expected
+
+
 def test_a_resumed_run_judges_as_the_uninterrupted_one():
     """Through JSON, as a checkpoint keeps it: every later score is the same, bit for bit."""
     one = Health(HealthOptions(spike_window=20))
     steady(one, 33)
     one.accepts(34, math.nan, 1.0)
     other = Health(HealthOptions(spike_window=20), json.loads(json.dumps(one.state())))
-    for step, loss in enumerate([3.1, 99.0, 2.9, math.inf, 3.0]):
+    for step, loss in enumerate([98.0, 3.1, 99.0, 2.9, math.inf, 3.0]):
         assert one.accepts(35 + step, loss, 1.1) == other.accepts(35 + step, loss, 1.1)
         assert one.verdict == other.verdict and one.bad_in_a_row == other.bad_in_a_row
         assert one.bad_steps == other.bad_steps
