@@ -62,16 +62,23 @@ def test_a_local_version_of_torch_is_within_the_range():
     assert levels(software.packages(requirements("torch>=2.11"), False, {"torch": "2.13.0+cu130"}.get)) == {"ok"}
 
 
-def test_the_ranges_are_those_of_setup_cfg_and_of_the_installed_package_alike(tmp_path):
+def test_the_ranges_are_those_of_setup_cfg_or_where_there_is_none_of_the_installed_package(tmp_path, monkeypatch):
     python, ranges = software.required()
     assert "3.11" in python and "3.10" not in python
     assert {r.name for r in ranges[""]} >= {"torch", "deepspeed", "tiktoken"}
-    of_package, elsewhere = software.required(tmp_path / "no setup.cfg")
-    assert of_package == python
-    # The ranges themselves may have changed since it was installed.
-    assert {extra: {r.name for r in every} for extra, every in elsewhere.items()} == {
-        extra: {r.name for r in every} for extra, every in ranges.items()
+    assert {r.name for r in ranges["gpu"]} >= {"triton", "flash-linear-attention"}
+    # As pip writes it; what an extra needs carries a marker, and a marker may be of something else.
+    lines = ["torch>=2.11", 'tomli; python_version < "3"', 'pyarrow; python_version > "3"']
+    lines += ['triton>=3.3; extra == "gpu"']
+    monkeypatch.setattr(software.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(software.metadata, "metadata", lambda name: {"Requires-Python": ">=3.12"})
+    python, ranges = software.required(tmp_path / "no setup.cfg")
+    assert "3.12" in python and "3.11" not in python
+    assert {extra: [r.name for r in every] for extra, every in ranges.items() if every} == {
+        "": ["torch", "pyarrow"],
+        "gpu": ["triton"],
     }
+    assert str(ranges[""][0].specifier) == ">=2.11" and str(ranges["gpu"][0].specifier) == ">=3.3"
 
 
 def test_a_python_that_is_too_old():
