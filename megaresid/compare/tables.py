@@ -90,7 +90,7 @@ def final_loss(comparison: Comparison) -> Table:
 DIFFERENCE_COLUMNS = (
     "difference",
     "95% interval",
-    "p (paired t)",
+    "p (paired\N{NO-BREAK SPACE}t)",
     "p (Holm)",
     "p (permutation)",
     "detectable",

@@ -7,9 +7,11 @@ from decimal import Decimal
 import pytest
 from lxml import etree, html
 from made_comparisons import made_comparison
+from made_sweeps import write_run, write_sweep
 from markdown_it import MarkdownIt
 
 from megaresid.compare import plots, report
+from megaresid.compare.comparison import compare
 from megaresid.compare.results import Comparison, Difference, Estimate
 
 PICTURES = {"differences": "<svg xmlns='http://www.w3.org/2000/svg'/>"}
@@ -315,3 +317,20 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, comparison, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         report.write(made_comparison({}, seeds=2), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_from_run_directories(tmp_path):
+    """The whole chain: what the runs ended with is what the page says, whatever stands between."""
+    losses = {"vanilla": [3.200, 3.212, 3.195], "good": {1e-3: [3.150, 3.166, 3.143], 3e-3: [3.3, None, 3.3]}}
+    sweep = write_sweep(tmp_path / "sweep", losses, metrics={"wikitext_word_perplexity": 44.5})
+    write_run(sweep / "runs" / "cut", residual="good", seed=4, until=20)
+    found = compare([sweep])
+    drawings = plots.draw(found)
+    report.write(found, tmp_path / "report")
+    for root in (html.parse(str(tmp_path / "report" / "report.html")).getroot(), markdown(found, drawings)):
+        text = " ".join(root.text_content().split())
+        assert "good: loss lower by 0.0493" in text and "1 of good" in text
+        rows = table_with(tables_of(root), "spec hash")
+        assert [row["validation loss (nats per token)"] for row in rows] == ["3.2023", "3.1530"]
+        problems = {row[0]: row[1] for table in tables_of(root) if table[0] == ["run", "why"] for row in table[1:]}
+        assert any("cut" in run for run in problems) and all(problems.values())
