@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megaresid.errors import UserError, exits_with_user_errors
 
@@ -82,8 +82,10 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, soft_wrap=True, width=WIDTH)
 
 
-def _table(*columns: str) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+def _table(first: str, *columns: str) -> Table:
+    """Names are broken where there is no room, and not cut."""
+    name = Column(first, overflow="fold")
+    return Table(name, *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 def _print(console: Console, found: "Comparison") -> None:

@@ -97,8 +97,8 @@ def at_equal_cost(choice: Choice, curves: Sequence[Curve], spent: Budget) -> Equ
 
 def orders(equal: Mapping[str, EqualCost]) -> Orders | None:
     """The variants' names from the lowest mean loss to the highest at equal tokens, FLOPs and time, and where these
-    orders differ, in words. None where some variant has no loss there."""
-    if any(getattr(costs, measure) is None for costs in equal.values() for measure in MEASURES):
+    orders differ, in words. None of one variant, and where some variant has no loss there."""
+    if len(equal) < 2 or any(getattr(costs, measure) is None for costs in equal.values() for measure in MEASURES):
         return None
     means = {
         measure: {name: getattr(costs, measure).mean for name, costs in equal.items()} for measure in MEASURES

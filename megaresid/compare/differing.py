@@ -1,12 +1,13 @@
 """In what runs differ, and whether they may be ranked all the same."""
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megaresid.compare.results import Differing
-from megaresid.compare.runs import Run, number, plain
+from megaresid.compare.runs import INITIAL, Run, number, plain
 
 RECIPE = (
     *("global_batch_size", "schedule", "warmup_fraction", "decay_fraction", "weight_decay", "betas", "clip"),
@@ -60,7 +61,20 @@ def differences(runs: Sequence[Run], flops_per_token: Mapping[str, int]) -> tupl
                 comparable = True
             sorted_values = sorted((value, tuple(sorted(names))) for value, names in by_value.items())
             found.append(Differing(key=plain(key), values=tuple(sorted_values), comparable=comparable))
-    return sorted(found, key=lambda one: one.comparable), spent
+    return sorted([*found, *_unequal_orders(runs)], key=lambda one: one.comparable), spent
+
+
+def _unequal_orders(runs: Sequence[Run]) -> Iterable[Differing]:
+    """Seeds whose runs did not see the same sequences in the same order, as runs that are paired must."""
+    orders: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if (order := run.files.get(INITIAL, {}).get("order")) is not None:
+            digest = hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
+            orders[run.seed][_short(digest)].append(run.name)
+    for seed, by_order in sorted(orders.items()):
+        if len(by_order) > 1:
+            values = tuple(sorted((order, tuple(sorted(names))) for order, names in by_order.items()))
+            yield Differing(key=f"order of the data at seed {seed}", values=values, comparable=False)
 
 
 def _facts(run: Run) -> Iterable[tuple[str, tuple[str, bool]]]:

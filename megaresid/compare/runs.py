@@ -16,6 +16,8 @@ from megaresid.json_text import parse_json
 SCHEMA = 1
 """Of the files of a run and of a sweep."""
 FILES = ("config.json", "spec.json", "ds_config.json", "environment.json", "data.json")
+INITIAL = "initial.json"
+"""What a run started from; runs of earlier versions have none."""
 SWEEP = "sweep.json"
 REPORT = "report.json"
 MOST = 2**53
@@ -315,6 +317,8 @@ def read_run(path: Path, name: str) -> Run:
             _check_schema(file, tree)
         for file, model in NEEDED.items():
             _known(file, model, files[file])
+        if (path / INITIAL).exists():
+            files[INITIAL] = _object(path / INITIAL)
         rows = _rows(path / "metrics.jsonl")
     except OSError as error:
         raise Unreadable(f"not counted: {Path(error.filename or path).name} cannot be read: {error.strerror}") from None

@@ -294,6 +294,24 @@ def test_vanilla_against_softmax_is_the_baseline_of_a_sweep_over_both(tmp_path):
     assert compare([tmp_path]).baseline == "vanilla, softmax"
 
 
+def test_runs_of_one_seed_that_saw_other_data_are_not_paired(tmp_path):
+    """Orders differ between seeds, and must not within one."""
+    write_sweep(tmp_path, {"vanilla": A, "other": B})
+    for run in (tmp_path / "runs").iterdir():
+        order = {"sha256": run.name[-1] * 64}
+        (run / "initial.json").write_text(json.dumps({"schema": 1, "order": order, "parameters": {}}))
+    assert compare([tmp_path]).refusal is None
+    (tmp_path / "runs" / "other-0.001-2" / "initial.json").write_text(json.dumps({"order": {"sha256": "9" * 64}}))
+    assert "they differ in order of the data at seed 2." in compare([tmp_path]).refusal
+
+
+def test_one_variant_alone_has_a_loss_and_no_order(tmp_path):
+    write_sweep(tmp_path, {"vanilla": A})
+    found = compare([tmp_path])
+    assert found.orders is None and found.refusal is None
+    assert found.variants[0].loss.mean == pytest.approx(np.mean(A))
+
+
 def test_the_order_of_runs_and_paths_changes_nothing(tmp_path):
     write_sweep(tmp_path / "x", {"vanilla": A, "other": B})
     write_sweep(tmp_path / "y", {"third": [3.1, 3.2, 3.3]})
