@@ -31,6 +31,8 @@ COMMON = tuple(LABELS)
 COLUMNS = 3
 PANEL = (4.0, 2.6)  # inches
 MOST_TICKS = 24
+FLAT = 1e-3
+"""The least height of a panel, relative to what it shows."""
 
 
 def figures(findings: Findings, title: str) -> Iterator[tuple[str, Figure]]:
@@ -78,14 +80,14 @@ def _panel(axes: Axes, quantity: str, findings: Findings) -> None:
     kinds = list(dict.fromkeys(_kind(place) for place in places))
     layers = [_layer(place) for place in places if _layer(place) is not None]
     last = max(layers, default=-1) + 1
-    positive = all(value > 0 for value in places.values())
+    positive, sites = all(value > 0 for value in places.values()), any(map(_kind, places))
     for kind in kinds:
         of_kind = [place for place in places if _kind(place) == kind]
         at = [_position(place, last) for place in of_kind]
         values = [places[place] for place in of_kind]
         colour, marker, line = STYLES.get(kind, STYLES[""])
         ranged = [place for place in of_kind if place in lows]
-        axes.plot(at, values, color=colour, marker=marker, linestyle=line, markersize=4, label=kind or "layer")
+        axes.plot(at, values, color=colour, marker=marker, linestyle=line, markersize=4, label=kind or CLOSE)
         if ranged:
             axes.vlines(
                 [_position(place, last) for place in ranged],
@@ -94,14 +96,26 @@ def _panel(axes: Axes, quantity: str, findings: Findings) -> None:
                 color=colour,
                 alpha=0.4,
             )
-    if quantity in LOGARITHMIC and positive:
+    logarithmic = quantity in LOGARITHMIC and positive
+    if logarithmic:
         axes.set_yscale("log")
     axes.set_title(LABELS.get(quantity, quantity), fontsize="medium")
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if len(kinds) > 1:
+    if sites:
         axes.legend(fontsize="small")
+    if not logarithmic:
+        _show_no_rounding(axes)
+
+
+def _show_no_rounding(axes: Axes) -> None:
+    """Of numbers that are equal but for rounding, as the sums of a doubly stochastic matrix, show that they are."""
+    low, high = axes.get_ylim()
+    least = FLAT * max(abs(low), abs(high))
+    if high - low < least:
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _layer(place: str) -> int | None:

@@ -48,7 +48,7 @@ class TensorBoard:
         self._writer.add_custom_scalars({"diagnostics": charts})
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        self._writer.add_histogram(name, values, step)
+        self._writer.add_histogram(name, values, step, bins=64)
 
     def figure(self, name: str, figure: "Figure", step: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

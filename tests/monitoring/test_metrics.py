@@ -3,8 +3,10 @@
 import json
 import resource
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaresid.monitoring.metrics import Recorder, peak_memory_bytes
@@ -129,3 +131,25 @@ def test_a_full_disk_is_told_once_and_no_row_of_the_file_is_lost(tmp_path, capsy
         recorder.record(4, ROW)
     assert read_metrics(tmp_path) == [{"schema": 1, "step": step, **ROW} for step in (1, 2, 3, 4)]
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
+
+
+def test_diagnostics_are_numbers_histograms_and_a_chart_for_each_quantity(tmp_path):
+    row = {"diagnostics/effective_depth": 3.0, "diagnostics/cosine/00": 0.5, "diagnostics/cosine/01": float("nan")}
+    samples = {"diagnostics/site.gate": np.array([1.0, np.nan, 3.0]), "diagnostics/none": np.array([np.inf])}
+    figure = Figure(figsize=(2, 1), dpi=50)
+    with Recorder(tmp_path, first_step=0, steps=20) as recorder:
+        recorder.diagnosis(10, row, samples)
+        recorder.figure("diagnostics/by_depth", figure, 10)
+    assert read_metrics(tmp_path) == [{"schema": 1, "step": 10, **row, "diagnostics/cosine/01": None}]
+    assert scalars(tmp_path / "tensorboard") == {
+        "diagnostics/effective_depth": [(10, 3.0)],
+        "diagnostics/cosine/00": [(10, 0.5)],
+    }
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["histograms"] == ["diagnostics/site.gate"]
+    (histogram,) = events.Histograms("diagnostics/site.gate")
+    assert histogram.step == 10 and histogram.histogram_value.num == 2 and histogram.histogram_value.sum == 4
+    (image,) = events.Images("diagnostics/by_depth")
+    assert (image.step, image.width, image.height) == (10, 100, 50)
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert rb"diagnostics/cosine/.*" in layout and b"effective_depth" not in layout
