@@ -260,3 +260,20 @@ def test_a_bad_step_on_one_rank_changes_nothing_on_any(name, clip, ranks2, tmp_p
             assert norm == pytest.approx(true_norm, rel=1e-4)
         if fault == "gradient x 100":
             assert norm > 30 * true_norm
+
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.full) for stage in (2, 3))])
+def test_a_bad_step_changes_nothing_where_weights_are_bf16(stage, ranks2, tmp_path):
+    """ZeRO 1 has an optimizer of its own there, which sees what is not finite before it takes a norm."""
+    sections = BF16 | {"zero_optimization": {"stage": stage}}
+    courses = ranks2.run(faulty_course, sections, str(tmp_path), 0.3)
+    assert str(courses[0]) == str(courses[1]), "the ranks were not told the same"
+    course, skipped = courses[0]
+    assert skipped == len(FAULTS)
+    for step, (loss, norm, refused, changed) in enumerate(course, 1):
+        assert refused is (step in FAULTS) and changed is (step not in FAULTS), f"step {step}"
+        assert math.isinf(norm) is (FAULTS.get(step) == "nan gradient")
+        assert math.isinf(loss) is (FAULTS.get(step) == "inf loss")
