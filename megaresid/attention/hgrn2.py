@@ -73,22 +73,24 @@ class HGRN2(LinearMixer):
         segment = self.segment(side)
         q = silu(split_heads(self.projected("q", x_q, segment, cache), self.heads))
         i = split_heads(self.projected("i", x_v, segment, cache), self.heads)
-        k, g = self.input_and_decay(x_k, segment, cache)
+        k, g = self.input_and_decay(self.logits(x_k, segment, cache))
         o = self.recur(q, k.to(i.dtype), i, g, segment=segment, cache=cache)
         return self.o_proj(self.g_norm(o.flatten(-2))), side
 
-    def input_and_decay(
-        self, x_k: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(self, x_k: torch.Tensor, segment: torch.Tensor | None, cache: Cache | None = None) -> torch.Tensor:
+        """W_f x [B, T, H, D]."""
+        return split_heads(self.projected("f", x_k, segment, cache), self.heads)
+
+    def input_and_decay(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """1 - f and log f [B, T, H, D], both exact where sigmoid is near 0 or 1."""
-        logits = wide(split_heads(self.projected("f", x_k, segment, cache), self.heads))
+        logits = wide(logits)
         k = (1 - self.bound) * torch.sigmoid(-logits)
         # Without a bound 1 - k may round to 0.
         return k, torch.log1p(-k) if self.bound else logsigmoid(logits)
 
     def diagnose(self, x: Inputs, side: Side) -> Mapping[str, Reading]:
         _, x_k, _ = three(x)
-        _, g = self.input_and_decay(x_k, self.segment(side))
+        _, g = self.input_and_decay(self.logits(x_k, self.segment(side)))
         return {"decay": decay_reading(g)}
 
     @classmethod
