@@ -343,16 +343,17 @@ def verify(
     command = [sys.executable, "-m", "megaresid.verify_resume", "--config", str(workplace / "run.json")]
     command += ["--first", str(first), "--second", str(second), "--ranks", "2", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PLANTED": planted}
+    temporary = Path(tempfile.mkdtemp(dir=workplace / "temporary"))  # its own: another one's may have been ended
     environment |= {
         "HF_TOKEN": TOKEN,
         "WANDB_API_KEY": TOKEN[::-1],
         "PYTHONPATH": str(workplace),
-        "TMPDIR": str(workplace / "temporary"),
+        "TMPDIR": str(temporary),
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    kept = list((workplace / "temporary").glob("megaresid-verify-*"))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    kept = list(temporary.glob("megaresid-verify-*"))
     for folder in kept:
-        assert str(folder) in done.stdout
+        assert str(folder) in done.stdout, done.stdout + done.stderr
         check_secrets(folder)
         shutil.rmtree(folder)
     return done.returncode, done.stdout + done.stderr, kept
