@@ -282,12 +282,13 @@ def _rates(comparison: Comparison) -> Drawing | None:
             lines[variant.name] = rows
     if comparison.refusal is not None or max(map(len, lines.values()), default=0) < 2:
         return None
-    style = styles(in_order(comparison))
-    figure, axes = _figure([v for v in comparison.variants if v.name in lines], style)
-    for variant, rows in lines.items():
-        _band(axes, rows, 1.0, style[variant], variant)
     every = [row[1] for rows in lines.values() for row in rows]
     low, high = min(row[2] for rows in lines.values() for row in rows), reach(every)
+    far = [variant for variant, rows in lines.items() if all(row[1] > high for row in rows)]
+    style = styles(in_order(comparison))
+    figure, axes = _figure([v for v in comparison.variants if v.name in lines], style, far)
+    for variant, rows in lines.items():
+        _band(axes, rows, 1.0, style[variant], variant)
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     tried = sorted({row[0] for rows in lines.values() for row in rows})

@@ -22,6 +22,7 @@ from megaresid.compare.units import (
 from megaresid.compare.wording import amount, half_width, in_order, interval
 
 NATS = "nats per token"
+HASH = 12  # characters of a hash that tell one from another
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def final_loss(comparison: Comparison) -> Table:
             Cell(str(len(variant.loss.samples))),
             mean(variant.loss),
             Cell(interval(variant.loss, LOSS_PLACES)),
-            word(variant.spec_hash),
+            word(variant.spec_hash[:HASH], source=variant.spec_hash),
         )
         for variant in in_order(comparison)
     ]

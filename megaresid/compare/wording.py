@@ -68,6 +68,8 @@ def _words(difference: Difference) -> str:
     half = half_width(difference)
     about = "" if half is None else f" ± {fixed(half)}"
     p = "" if difference.p_holm is None else f"p {_equals(difference.p_holm)} after Holm, "
+    if difference.mean == difference.low == difference.high == 0:
+        return f"the same loss as the baseline's in each of {seeds}"
     match difference.verdict:
         case "better" | "worse":
             lower = "lower" if difference.mean < 0 else "higher"

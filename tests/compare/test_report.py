@@ -237,6 +237,15 @@ def test_what_is_unknown_is_told(comparison):
     assert table_with(rows, "loss at 1.101 EFLOPs")[1]["loss at 1.101 EFLOPs"] == "n/a"
 
 
+def test_a_twin_of_the_baseline(comparison):
+    zero = {"mean": 0.0, "low": 0.0, "high": 0.0, "detectable": 0.0, "p_t": 1.0, "p_holm": 1.0}
+    twin = comparison.variants[2]
+    twin = twin.model_copy(update={"difference": twin.difference.model_copy(update=zero)})
+    both = comparison.model_copy(update={"variants": (comparison.variants[0], twin)})
+    text = page(both).xpath("string(//section[1])")
+    assert "the same loss as the baseline's in each of 3 seeds" in text
+
+
 def hostile() -> Comparison:
     found = made_comparison({HOSTILE: (-0.01, "better", 0.1), "plain": (0.01, "worse", 0.1)}, baseline=f"_{HOSTILE}")
     where = {"run": HOSTILE, "line": HOSTILE}
