@@ -27,15 +27,19 @@ SCRIPT = """\
 #SBATCH --output={log}
 
 # The warning comes to this shell alone: a job that its owner cancels must not come back.
-out_of_time=
+out_of_time= run= told=
 stop_in_time() {{
     out_of_time=yes
-    kill -TERM "$run" || true
+    if [ -n "$run" ] && [ -z "$told" ]; then
+        told=yes # a second one would have the run leave without saving
+        kill -TERM "$run" || true
+    fi
 }}
 trap stop_in_time USR1
 
 {python} -m megaresid.sweep --out {out} --only "$SLURM_ARRAY_TASK_ID" &
 run=$!
+if [ -n "$out_of_time" ]; then stop_in_time; fi # the warning came before there was a run
 
 # A wait that the trap interrupts returns at once, with what says so.
 code=138

@@ -1,5 +1,6 @@
 """The Slurm job array of a sweep: its script, run by bash with Slurm's programs played."""
 
+import contextlib
 import os
 import re
 import signal
@@ -29,8 +30,11 @@ def test_ranges(numbers, text):
 
 
 def script_of(place, out, capsys, **changes):
+    capsys.readouterr()
     assert code_of([*options(place, out, **changes), "--slurm"]) == 0
-    return capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("#!/usr/bin/env bash\n"), "nothing else is printed"
+    return said
 
 
 def test_finished_runs_are_left_out(place, capsys):
@@ -66,9 +70,11 @@ def test_a_task_that_runs_out_of_time_is_put_back(place, tmp_path, capsys, warne
     (tmp_path / "job.sbatch").write_text(text)
     os.mkfifo(tmp_path / "step")
     task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "42", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with subprocess.Popen(
-        ["bash", "job.sbatch"], cwd=tmp_path, env=os.environ | task, stdout=subprocess.PIPE, text=True
-    ) as batch:
+    with contextlib.ExitStack() as stack:
+        batch = subprocess.Popen(
+            ["bash", "job.sbatch"], cwd=tmp_path, env=os.environ | task, stdout=subprocess.PIPE, text=True
+        )
+        stack.callback(batch.kill)
         assert batch.stdout.readline() == f"-m megaresid.sweep --out {place / 'task'} --only 2\n"
         pipe = os.open(tmp_path / "step", os.O_RDWR)
         if warned:
