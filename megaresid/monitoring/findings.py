@@ -1,10 +1,13 @@
 """What a probe finds: numbers by depth, samples for histograms, matrices for heat maps."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
+SUBLAYERS = ("attention", "mlp")
+"""Of a layer, in their order."""
 CLOSE = "close"
 """The place behind the last site, where the stream is closed."""
 
@@ -17,12 +20,23 @@ class DepthMatrix:
 
     @property
     def sources(self) -> list[str]:
-        """All of them, in the order in which they appear."""
-        return list(dict.fromkeys(source for row in self.weights.values() for source in row))
+        """All of them, from the embeddings up; names that do not say where they stand come last."""
+        return sorted(dict.fromkeys(source for row in self.weights.values() for source in row), key=_height)
 
     def array(self) -> np.ndarray:
         """fp64 [places, sources]; NaN where a place has no such source."""
         return np.array([[row.get(source, math.nan) for source in self.sources] for row in self.weights.values()])
+
+
+def _height(source: str) -> tuple[int, int]:
+    """Layer and sublayer where a source ends: of ``embed``, ``03.attention``, ``03.mlp``, ``03`` (the stream after
+    that layer) and ``00.attention-02.mlp`` (a block)."""
+    if source == "embed":
+        return -1, 0
+    layer, _, kind = source.rpartition("-")[2].partition(".")
+    if not layer.isdigit():
+        return sys.maxsize, 0
+    return int(layer), SUBLAYERS.index(kind) if kind in SUBLAYERS else len(SUBLAYERS)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from megaresid.readings import Depth, Mixing, Reading, Values
 from megaresid.residual.stream import Close, Site
 
 SAMPLES = 4096
-"""The most values of one place that go into a histogram, evenly spaced among all."""
+"""The most values of one place that go into a histogram; of more it is a sample, the same ones each time."""
 
 Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
 """Has these parameters whole while a block runs."""
@@ -180,8 +180,11 @@ class Looking:
         if len(values) > 1:
             self.findings.note(f"{name}_min", place, values.min())
             self.findings.note(f"{name}_max", place, values.max())
-        sample = values[:: math.ceil(len(values) / SAMPLES)]
-        self.findings.samples.setdefault(name, {})[place] = sample.float().cpu().numpy()
+        if len(values) > SAMPLES:
+            # At random, since equal steps through [B, T, heads] could meet one head alone.
+            chosen = torch.randint(len(values), (SAMPLES,), generator=torch.Generator().manual_seed(0))
+            values = values[chosen.to(values.device)]
+        self.findings.samples.setdefault(name, {})[place] = values.float().cpu().numpy()
 
     def _keep_mixing(self, name: str, place: str, matrix: Tensor) -> None:
         known = self.findings.mixing.setdefault(name, MixingMatrices())

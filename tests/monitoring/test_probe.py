@@ -9,6 +9,7 @@ from small_models import IDX, SHAPE, model_of
 from torch import nn
 from torch.nn.functional import layer_norm
 
+from megaresid.monitoring.findings import DepthMatrix
 from megaresid.monitoring.mirror import mirror
 from megaresid.monitoring.probe import effective_number, probe
 from megaresid.readings import Depth, Mixing, Values
@@ -227,9 +228,25 @@ def test_readings_of_sites_mixers_and_the_close_are_kept_by_kind():
     assert found.by_depth["site.gate_min"] == {"00.mlp": -1} and found.by_depth["site.gate_max"] == {"00.mlp": 3}
     assert found.by_depth["mixer.decay"] == {"01.attention": 0.5} and "mixer.decay_min" not in found.by_depth
     sample = found.samples["site.gate"]["00.mlp"]
-    assert 1000 < len(sample) <= 4096 and sample.min() == -1 and sample.max() > 2.99
+    assert len(sample) == 4096 and sample.min() < -0.99 and sample.max() > 2.99
     assert found.depth["site.route"].weights == {"close": {"embed": 0.25, "x": 0.75}}
     assert found.numbers()["diagnostics/mixer.decay/01.attention"] == 0.5
+
+
+def test_a_sample_of_many_values_has_all_heads_alike():
+    model = mirror(model_of("vanilla"))
+    of_heads = torch.arange(16.0).expand(4, 1024, 16)
+    model.parts[2].attention.diagnose = lambda x, side: {"beta": Values(of_heads)}
+    sample = probe(model, TOKENS).samples["mixer.beta"]["00.attention"]
+    heads, counts = np.unique(sample, return_counts=True)
+    assert [*heads] == [*range(16)] and counts.min() > 0.7 * 4096 / 16 and counts.max() < 1.3 * 4096 / 16
+
+
+def test_sources_stand_in_the_order_of_depth_whoever_names_them_first():
+    rows = {"02.mlp": {"00": 1.0, "embed": 0.0}, "10.mlp": {"an own name": 0.0, "02.mlp": 0.5, "10.attention": 0.5}}
+    rows["close"] = {"00.attention-01.attention": 0.25, "02": 0.25, "02.attention": 0.5}
+    names = ["embed", "00", "00.attention-01.attention", "02.attention", "02.mlp", "02", "10.attention", "an own name"]
+    assert DepthMatrix(rows).sources == names
 
 
 @pytest.mark.parametrize("residual", ["mudd_former", "parallel", "rezero", "siamese_norm", "frac_connections"])
