@@ -14,6 +14,7 @@ from megaresid.config import HealthOptions
 from megaresid.model.gpt import build
 from megaresid.training.health import Health, Next, finite
 from megaresid.training.schedule import learning_rate
+from megaresid.training.update_gate import UpdateGate
 from megaresid.training.zero_state import live_state
 
 END, RATE_STEPS = 9, 20
@@ -268,8 +269,7 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.full) for stage in (2, 3))])
 def test_a_bad_step_changes_nothing_where_weights_are_bf16(stage, ranks2, tmp_path):
     """ZeRO 1 has an optimizer of its own there, which sees what is not finite before it takes a norm."""
-    sections = BF16 | {"zero_optimization": {"stage": stage}}
-    courses = ranks2.run(faulty_course, sections, str(tmp_path), 0.3)
+    courses = ranks2.run(faulty_course, BF16 | {"zero_optimization": {"stage": stage}}, str(tmp_path), 0.3)
     assert str(courses[0]) == str(courses[1]), "the ranks were not told the same"
     course, skipped = courses[0]
     assert skipped == len(FAULTS)
@@ -277,3 +277,12 @@ def test_a_bad_step_changes_nothing_where_weights_are_bf16(stage, ranks2, tmp_pa
         assert refused is (step in FAULTS) and changed is (step not in FAULTS), f"step {step}"
         assert math.isinf(norm) is (FAULTS.get(step) == "nan gradient")
         assert math.isinf(loss) is (FAULTS.get(step) == "inf loss")
+
+
+@pytest.mark.parametrize("norm, told", [(2.0, 2.0), (0.0, 0.0), (-1.0, math.inf), (math.nan, math.inf)])
+def test_a_norm_that_is_not_finite_is_asked_about_as_infinity(norm, told):
+    """Some of DeepSpeed's optimizers give -1 for it."""
+    gate, asked = object.__new__(UpdateGate), []
+    gate._ask = lambda value: asked.append(value.item())
+    gate._accepts(torch.tensor(norm))
+    assert asked == [told]
