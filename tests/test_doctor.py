@@ -48,6 +48,8 @@ def test_versions_out_of_range_and_packages_that_are_missing():
     ranges = requirements("torch>=2.11", "deepspeed>=0.19.8,<0.20", "numpy>=2.0")
     old, missing = [f for f in software.packages(ranges, False, installed.get) if f.level == "fault"]
     assert old.words == "torch 2.10.0 is outside >=2.11" and '"torch>=2.11"' in old.mend
+    told = [f.words for f in software.packages(ranges, False, installed.get) if f.level == "ok"]
+    assert len(told) == 1 and told[0].startswith("1 within"), "what is needed is not called optional"
     assert missing.words == "numpy is missing" and '"numpy>=2.0"' in missing.mend
 
 
@@ -124,6 +126,10 @@ GIVE = "from megaresid.checks.child import give; "
 
 def test_a_child_gives_its_answer_whatever_else_it_prints():
     assert python(f"{GIVE}print('noise'); give({{'n': 1}}); print('after')").answer() == {"n": 1}
+    assert python(f"{GIVE}give({{'n': 1}}); give({{'n': 2}})").answer() == {"n": 2}, "its last word"
+    alone = python("")
+    assert os.getsid(alone.process.pid) == alone.process.pid, "ended with those that it starts, and not with us"
+    alone.end()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,8 @@ def test_ranks_that_do_not_come_together_or_add_up_wrong():
     assert "added up to 1, where it is 3" in found.words
     found = only(launcher.launcher(ring("give({'sum': 1.0, 'ranks': 1, 'backend': 'gloo'})"), 2), "fault")
     assert "1 ranks of 2" in found.words
+    found = only(launcher.launcher(ring("give({'sum': 3.0, 'ranks': 3, 'backend': 'gloo'})"), 2), "fault")
+    assert "3 ranks of 2" in found.words
 
 
 def test_no_launcher(monkeypatch):
@@ -184,6 +192,8 @@ DRIVER = gpu.Driver("570.86", ["NVIDIA H200"], {4711: 70_000})
 def test_gpus_that_are_as_they_should_be():
     assert levels(gpu.gpus(seen(), DRIVER)) == {"ok"}
     assert levels(gpu.gpus(seen(devices=[], cuda=None), None)) == {"ok"}
+    device = seen()["devices"][0] | {"free": 127 * 2**30}  # a context of another process, say
+    assert levels(gpu.gpus(seen(devices=[device]), DRIVER)) == {"ok"}
 
 
 def test_a_torch_that_does_not_fit_the_gpu_or_its_driver():
@@ -191,7 +201,8 @@ def test_a_torch_that_does_not_fit_the_gpu_or_its_driver():
     assert "H200" in found.words and "built without CUDA" in found.words
     found = only(gpu.gpus(seen(devices=[], why="driver too old (found version 11040)"), DRIVER), "fault")
     assert "CUDA 13.0" in found.words and "570.86" in found.words and "driver too old" in found.words
-    found = only(gpu.gpus(seen(architectures=["sm_80"]), DRIVER), "fault")
+    (found,) = gpu.gpus(seen(architectures=["sm_80"]), DRIVER)
+    assert found.level == "fault"
     assert "sm_90" in found.words and "sm_80" in found.words
     assert "libcudart" in only(gpu.gpus({"error": "ImportError: libcudart.so.13"}, DRIVER), "fault").words
 
@@ -204,7 +215,7 @@ def test_a_gpu_that_others_use():
 
 SMI = """#!/bin/sh
 case "$1" in
-*driver*) echo "570.86, NVIDIA H200"; echo "570.86, NVIDIA H200" ;;
+*driver*) echo "570.86, NVIDIA H200"; echo "a remark, that is, of three cells"; echo "570.86, NVIDIA H200" ;;
 *) echo "4711, 70000"; echo "4712, [N/A]" ;;
 esac
 """
@@ -217,10 +228,11 @@ def test_what_nvidia_smi_says_is_read(tmp_path, monkeypatch):
     program.write_text(SMI)
     program.chmod(0o755)
     assert gpu.ask_driver() == gpu.Driver("570.86", ["NVIDIA H200"] * 2, {4711: 70_000, 4712: 0})
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.ask_driver() is None
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert gpu.ask_driver() is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    program.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    program.write_text("#!/bin/sh\necho 'Failed, no devices were found'\nexit 6\n")
     assert gpu.ask_driver() is None
     program.unlink()
     assert gpu.ask_driver() is None
@@ -240,12 +252,17 @@ def test_fewer_cores_than_threads(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     found = only(machine.cores(2, 4.0), "warning")
     assert "4 for 2 ranks of 4 threads" in found.words and "OMP_NUM_THREADS=2" in found.mend
-    assert "fewer ranks" in only(machine.cores(8, 4.0), "warning").mend
+    assert "OMP_NUM_THREADS=1 and use fewer ranks" in only(machine.cores(8, 4.0), "warning").mend
+    assert only(machine.cores(4, 4.0), "warning").mend == "set OMP_NUM_THREADS=1"
     assert levels(machine.cores(1, 4.0)) == {"ok"}
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     assert machine.cores_available(tmp_path / "cpu.max") == 0.5
+    (tmp_path / "cpu.max").write_text("900000000 1000\n")
+    assert machine.cores_available(tmp_path / "cpu.max") == len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert machine.cores_available(tmp_path / "cpu.max") == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # of nested parallel regions: no number
+    assert levels(machine.cores(2, 2.0)) == {"ok"}
 
 
 def disk(monkeypatch, module, free: int) -> None:
@@ -308,6 +325,8 @@ def test_the_room_is_judged_by_the_run_that_is_there(tmp_path, monkeypatch):
     with open(tmp_path / "checkpoints/step_00000001/rank_00000.safetensors", "wb") as file:
         file.truncate(3 * 2**30)
     assert "3.00" in only(storage.room(tmp_path, 2 * 2**30, RunConfig()), "fault").words
+    assert levels(storage.room(tmp_path, 6 * 2**30, RunConfig())) == {"ok"}, "two more are to come, one is there"
+    assert levels(storage.room(tmp_path, 6 * 2**30 - 1, RunConfig())) == {"warning"}
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in [f for f in storage.storage(tmp_path) if f.level == "fault"][0].words
 
@@ -347,7 +366,8 @@ def test_a_sound_data_folder(data_set):
 def test_a_corrupt_shard_is_found_by_its_bytes_when_asked(data_set):
     (data_set / "train_000000.bin").write_bytes(shard([50256, 1, 2, 4]))
     assert levels(data.data_folder(data_set, False)) == {"ok"}
-    assert "train_000000.bin: damaged" in only(data.data_folder(data_set, True), "fault").words
+    (found,) = data.data_folder(data_set, True)
+    assert found.level == "fault" and "train_000000.bin: damaged" in found.words
 
 
 def test_shards_that_are_cut_short_or_missing(data_set):
@@ -378,6 +398,8 @@ def test_a_vocabulary_that_is_missing_or_another(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "installed_version", lambda name: None)
     monkeypatch.setattr(data, "gpt2_ranks", lambda: pytest.fail("it may ask the network"))
     assert "--network" in only(data.vocabulary(False), "warning").mend
+    monkeypatch.setattr(data, "gpt2_ranks", lambda: {b"!": 0})
+    assert levels(data.vocabulary(True)) == {"ok"}
     monkeypatch.undo()
     monkeypatch.setenv(tokenizer.ENVIRONMENT, str(tmp_path / "gone.tiktoken"))
     assert "gone.tiktoken" in only(data.vocabulary(False), "fault").words
