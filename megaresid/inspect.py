@@ -96,10 +96,11 @@ def _probe(saved: "Saved", tokens: "Tensor") -> "Findings":
 
     from megaresid.attention.kernels.self_check import check_kernels
     from megaresid.monitoring.probe import probe
+    from megaresid.users_code import mistakes_told
 
     device = torch.device(get_accelerator().current_device_name())
     check_kernels(saved.plan.kinds(), device, saved.dtype or torch.float32)
-    with torch.autocast(device.type, saved.dtype, enabled=saved.dtype is not None):
+    with mistakes_told(), torch.autocast(device.type, saved.dtype, enabled=saved.dtype is not None):
         return probe(saved.model().to(device), tokens.to(device))
 
 

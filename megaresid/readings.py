@@ -32,6 +32,8 @@ class Depth:
     sources: tuple[str, ...]
 
     def __post_init__(self):
+        if self.weights.ndim < 1 or self.weights.shape[-1] != len(self.sources):
+            raise ValueError(f"weights {[*self.weights.shape]} of {len(self.sources)} sources")
         object.__setattr__(self, "weights", _kept(self.weights))
 
 
@@ -42,6 +44,8 @@ class Mixing:
     matrix: Tensor
 
     def __post_init__(self):
+        if self.matrix.ndim < 2 or self.matrix.shape[-1] != self.matrix.shape[-2]:
+            raise ValueError(f"a matrix {[*self.matrix.shape]} is not square")
         object.__setattr__(self, "matrix", _kept(self.matrix))
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megaresid.errors import UserError
 from megaresid.model.gpt import GPT
 from megaresid.model.layer import Layer
 from megaresid.monitoring.findings import CLOSE, DepthMatrix, Findings, MixingMatrices
@@ -64,6 +65,7 @@ class Looking:
         """What the current site has read so far; None where nobody wants to know."""
         self._of_layer: tuple[str, Tensor] | None = None
         self._products: dict[str, Tensor | None] = {}
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "Looking":
         for index, part in enumerate(part for part in self._parts if isinstance(part, Layer)):
@@ -71,16 +73,34 @@ class Looking:
         close = self._parts[-1]
         self._before(close, self._closing)
         self._before(close.norm, self._read)
-        self._handles.append(close.register_forward_hook(self._closed))
+        self._after(close, self._closed)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for handle in self._handles:
             handle.remove()
-        self._conclude()
+        if kind is None:
+            if self._failure:
+                raise self._failure
+            self._conclude()
 
     def _before(self, module: nn.Module, look: Callable[[nn.Module, tuple], None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(look))
+        self._handles.append(module.register_forward_pre_hook(self._guarded(look)))
+
+    def _after(self, module: nn.Module, look: Callable[[nn.Module, tuple, Any], None]) -> None:
+        self._handles.append(module.register_forward_hook(self._guarded(look)))
+
+    def _guarded(self, look: Callable[..., None]) -> Callable[..., None]:
+        """A look that fails is the last one, but the forward goes on: under ZeRO-3 the other ranks take part in it."""
+
+        def guarded(*arguments) -> None:
+            if self._failure is None:
+                try:
+                    look(*arguments)
+                except Exception as error:
+                    self._failure = error
+
+        return guarded
 
     def _look_at_layer(self, layer: str, part: Layer) -> None:
         for number, (kind, site) in enumerate(part.sites.items()):
@@ -88,7 +108,7 @@ class Looking:
             self._before(site, self._entering(place))
             for norm in _leaves(getattr(site, "norm", None)):
                 self._before(norm, self._read)
-            self._handles.append(site.register_forward_hook(self._leaving(place, layer if number == 0 else None)))
+            self._after(site, self._leaving(place, layer if number == 0 else None))
         self._before(part.attention, self._sublayer(f"{layer}.attention"))
         self._before(part.mlp, self._sublayer(None))
 
@@ -162,6 +182,8 @@ class Looking:
         self.findings.streams[place] = _rms(streams, 3).mean((0, 1)).tolist()
 
     def _keep(self, place: str, whose: str, readings: Mapping[str, Reading]) -> None:
+        if not isinstance(readings, Mapping):
+            raise UserError(f"diagnose of {place} gives a {type(readings).__name__}, no mapping of readings by name")
         for local, reading in readings.items():
             name = f"{whose}.{local}"
             match reading:
@@ -173,6 +195,9 @@ class Looking:
                     self.findings.depth.setdefault(name, DepthMatrix()).weights[place] = row
                 case Mixing(matrix):
                     self._keep_mixing(name, place, matrix.double())
+                case _:
+                    kind = type(reading).__name__
+                    raise UserError(f"diagnose of {place}: {local} is a {kind}, none of those in megaresid.readings")
 
     def _keep_values(self, name: str, place: str, values: Tensor) -> None:
         values = values.flatten()

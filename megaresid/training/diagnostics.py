@@ -7,6 +7,7 @@ gradient, before clipping, that the n-th update was made from.
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from megaresid.data.loader import read_batch
 from megaresid.data.mixture import RunData
 from megaresid.data.sampler import windows
+from megaresid.errors import UserError
 from megaresid.evaluation.undisturbed import undisturbed
 from megaresid.model.presets import ModelShape
 from megaresid.monitoring.findings import Findings
@@ -59,11 +61,13 @@ class Diagnostics:
         """Whether to look at the model after ``step`` updates."""
         return not self._failed and step % self._interval == 0
 
-    def noting(self, accepts: Accepts) -> Accepts:
-        """``accepts`` of a step that is due, which notes the gradients while they are there."""
+    def noting(self, accepts: Accepts, clock: AbstractContextManager) -> Accepts:
+        """``accepts`` of a step that is due, which notes the gradients while they are there; ``clock`` is stopped."""
 
         def noted(loss: float, norm: float) -> bool:
-            self._gradients = by_layer(parameter_and_gradient_norms(self._engine.deepspeed, self._engine.parameters))
+            with clock:
+                norms = parameter_and_gradient_norms(self._engine.deepspeed, self._engine.parameters)
+            self._gradients = by_layer(norms)
             return accepts(loss, norm)
 
         return noted
@@ -81,12 +85,12 @@ class Diagnostics:
         for layer, (_, norm) in self._gradients.items():
             findings.note("gradient_norm", layer.removeprefix("layers."), norm)
         if self._recorder:
-            seconds = time.perf_counter() - since
-            self._recorder.diagnosis(step, findings.numbers() | {"diagnostics/seconds": seconds}, _samples(findings))
+            seconds = {"diagnostics/seconds": time.perf_counter() - since}
             try:
+                self._recorder.diagnosis(step, findings.numbers() | seconds, samples_of(findings))
                 self._draw(step, findings)
             except Exception as error:
-                self._recorder.say(f"the figures of diagnostics could not be drawn: {_told(error)}")
+                self._recorder.say(f"step {step}: diagnostics could not be recorded or drawn: {_told(error)}")
 
     def _probe(self) -> Findings:
         engine = self._engine
@@ -117,10 +121,10 @@ class Diagnostics:
         self._drawing += time.perf_counter() - since
 
 
-def _samples(findings: Findings) -> dict[str, np.ndarray]:
+def samples_of(findings: Findings) -> dict[str, np.ndarray]:
     """Of each quantity, the values of all places in one histogram."""
     return {f"diagnostics/{name}": np.concatenate([*places.values()]) for name, places in findings.samples.items()}
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join((str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").split())

@@ -120,7 +120,8 @@ def train(
             forensics.begin()
         accepts = _judge(engine, health, forensics, done, rate, say)
         diagnosing = diagnostics is not None and diagnostics.due(done)
-        result = engine.train_step(micro_batches, rate, diagnostics.noting(accepts) if diagnosing else accepts)
+        asked = diagnostics.noting(accepts, clock) if diagnosing else accepts
+        result = engine.train_step(micro_batches, rate, asked)
         skipped += result.skipped
         _tell(health, done, say)
         last, due = done == course.steps, evaluation.due(done, course.steps)

@@ -1,6 +1,9 @@
 """What a probe finds, against forwards written out here in fp64 and plain loops over their tokens."""
 
+import gc
 import math
+import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -269,16 +272,55 @@ def test_a_mirror_shares_what_the_model_holds_and_none_of_its_hooks():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_hooks_are_taken_away_where_a_reading_fails():
-    copy = mirror(model_of("vanilla"))
+def test_where_a_reading_fails_the_forward_is_finished_and_the_hooks_are_taken_away():
+    """Parameters that ranks share out are gathered by all of them, or by none."""
+    copy, gathered = mirror(model_of("vanilla")), []
 
     def fail(state):
         raise RuntimeError("no luck")
 
+    @contextmanager
+    def whole(parameters):
+        gathered.append(len(list(parameters)))
+        yield
+
     copy.parts[3].sites["mlp"].diagnose = fail
     with pytest.raises(RuntimeError, match="no luck"):
-        probe(copy, TOKENS)
+        probe(copy, TOKENS, whole)
+    assert gathered == [len(list(part.parameters())) for part in (copy.shared, *copy.parts)]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in copy.modules())
+
+
+@pytest.mark.parametrize(
+    "readings, told",
+    [
+        (lambda: None, "diagnose of 00.mlp gives a NoneType, no mapping"),
+        (lambda: {"gate": 0.5}, "diagnose of 00.mlp: gate is a float, none of"),
+        (lambda: {"gate": Values(0.5)}, "no attribute"),
+        (lambda: {"route": Depth(torch.ones(2, 3), ("a", "b"))}, r"weights \[2, 3\] of 2 sources"),
+        (lambda: {"route": Depth(torch.tensor(1.0), ("a",))}, r"weights \[\] of 1 sources"),
+        (lambda: {"mixing": Mixing(torch.ones(2, 3))}, r"a matrix \[2, 3\] is not square"),
+        (lambda: {"mixing": Mixing(torch.ones(2))}, r"a matrix \[2\] is not square"),
+    ],
+)
+def test_what_is_no_reading_is_told(readings, told):
+    model = mirror(model_of("vanilla"))
+    model.parts[2].sites["mlp"].diagnose = lambda state: readings()
+    with pytest.raises(Exception, match=told):
+        probe(model, TOKENS)
+
+
+def test_nothing_that_was_computed_stays_in_memory():
+    model, seen = mirror(model_of("hyper_connections")), []
+    for part in model.parts[2:-1]:
+        for site in part.sites.values():
+            site.register_forward_hook(lambda _, arguments, output: seen.append(weakref.ref(output[0][0])))
+    gc.disable()
+    try:
+        findings = probe(model, TOKENS)
+        assert findings.numbers() and len(seen) >= len(SITES) and not any(ref() is not None for ref in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_site_without_a_norm_reads_what_its_sublayer_gets():

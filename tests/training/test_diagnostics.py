@@ -14,8 +14,10 @@ from hooked_runs import Told
 
 from megaresid.config import IntervalOptions
 from megaresid.model.gpt import build, canonical_parameters, set_step
+from megaresid.monitoring.findings import Findings
 from megaresid.monitoring.probe import probe
 from megaresid.readings import Values
+from megaresid.training import diagnostics as diagnosing
 from megaresid.training.checkpoint import read_parameters, save_checkpoint
 from megaresid.training.diagnostics import Diagnostics, probe_tokens
 from megaresid.training.loop import Course, train
@@ -181,7 +183,7 @@ def gradients_of_the_first_step(folder: str, stage: int):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_gradient_norms_are_those_of_the_step(stage, ranks2, tmp_path):
-    (found, plain), _ = ranks2.run(gradients_of_the_first_step, str(tmp_path), stage)
+    (found, plain), _ = ranks2.run(gradients_of_the_first_step, str(tmp_path), stage, timeout=300)
     of_diagnostics = {
         name.removeprefix("diagnostics/gradient_norm/"): value
         for name, value in found.items()
@@ -197,21 +199,62 @@ def break_a_reading(diagnostics):
     diagnostics._model.parts[2].sites["mlp"].diagnose = fail
 
 
-def fail_in_the_midst(folder: str, stage: int):
-    """Runs on every rank: rank 1 alone, but for ZeRO-3, where no rank can go on without the others."""
-    failing = break_a_reading if stage == 3 or dist.get_rank() else None
-    run = Run(folder, stage, 1, failing, dropout=0.1)
+def fail_in_the_midst(folder: str, stage: int, rank: int):
+    """Runs on every rank."""
+    run = Run(folder, stage, 1, break_a_reading if dist.get_rank() == rank else None, dropout=0.1)
     return run.told.lines, run.told.found, run.training()
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.full)])
-def test_diagnostics_that_fail_are_off_and_the_run_goes_on(stage, ranks2, tmp_path):
-    answers = ranks2.run(fail_in_the_midst, str(tmp_path), stage)
+@pytest.mark.parametrize(
+    "stage, rank, reason",
+    [(1, 0, "ZeroDivisionError: of my own"), pytest.param(3, 1, "on another rank", marks=pytest.mark.full)],
+)
+def test_diagnostics_that_fail_on_a_rank_are_off_and_the_run_goes_on(stage, rank, reason, ranks2, tmp_path):
+    answers = ranks2.run(fail_in_the_midst, str(tmp_path), stage, rank, timeout=300)
     lines, found, _ = answers[0]
-    told = [line for line in lines if "diagnostics" in line]
-    assert len(told) == 1 and "off from here on" in told[0] and found == {}
-    assert "of my own" in told[0] or stage == 1
+    (told,) = [line for line in lines if "diagnostics" in line]
+    assert told == f"diagnostics failed and are off from here on: {reason}" and found == {}
     assert all(len(training) == END for *_, training in answers)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Diagnostics of an engine that is none, on one rank, whose probe finds nothing."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(diagnosing, "mirror", lambda model: model)
+    found = Diagnostics(mock.Mock(device="cpu"), IDX, 1, mock.Mock())
+    found._probe = Findings
+    return found
+
+
+class Clock:
+    stopped = False
+
+    def __enter__(self):
+        self.stopped = True
+
+    def __exit__(self, *_):
+        self.stopped = False
+
+
+def test_gradients_are_looked_at_outside_of_the_time_that_is_trained(alone, monkeypatch):
+    clock, asked = Clock(), []
+    norms = lambda *_: {"layers.03.weight": (1.0, 2.0 if clock.stopped else math.nan)}  # noqa: E731
+    monkeypatch.setattr(diagnosing, "parameter_and_gradient_norms", norms)
+    accepts = alone.noting(lambda *numbers: asked.append((*numbers, clock.stopped)) or "yes", clock)
+    assert accepts(0.5, 0.25) == "yes" and asked == [(0.5, 0.25, False)]
+    alone.run(1)
+    (_, row, _), _ = alone._recorder.diagnosis.call_args
+    assert row["diagnostics/gradient_norm/03"] == 2.0
+
+
+def test_what_cannot_be_recorded_is_told_and_the_run_goes_on(alone):
+    alone._recorder.diagnosis.side_effect = ValueError("no such\nnumber")
+    alone.run(4)
+    alone._recorder.say.assert_called_once_with(
+        "step 4: diagnostics could not be recorded or drawn: ValueError: no such number"
+    )
+    assert alone.due(5)
 
 
 def test_figures_cost_little_of_the_time(ranks1, tmp_path):
