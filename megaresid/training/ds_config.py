@@ -200,6 +200,9 @@ def _settle_optimizer(path: Path, tree: dict, config: RunConfig, settle) -> None
         raise UserError(f'{path}: no optimizer is named: add "optimizer": {{"type": "AdamW", "params": {{}}}}')
     _only(path, "optimizer", optimizer, ("type", "params", "legacy_fusion"))
     known = {*DEEPSPEED_OPTIMIZERS, *(name for name in dir(torch.optim) if name[0].isupper())}
+    if optimizer["type"].lower() == "muon":
+        # It wants every matrix marked, and moves its momentum before the norm is known that a bad step is refused by.
+        raise UserError(f"{path}: optimizer.type {optimizer['type']!r}: Muon is not supported: choose AdamW, say")
     if optimizer["type"] not in known and optimizer["type"].lower() not in DEEPSPEED_OPTIMIZERS:
         raise UserError(f"{path}: optimizer.type {optimizer['type']!r}: {suggestion(optimizer['type'], known)}")
     params = optimizer.setdefault("params", {})

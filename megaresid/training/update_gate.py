@@ -75,18 +75,7 @@ class UpdateGate:
 
     def _stand_in_stage3(self, zero: DeepSpeedZeroOptimizer_Stage3) -> None:
         norms_of = zero._get_norm_groups
-        if not zero.use_muon:
-            zero._get_norm_groups = lambda: [self._passed_on(combine_grad_norm_groups(norms_of()))]
-            return
-        # Muon's momentum moves on before the norm is taken, so the gate takes one more, of the gradients themselves.
-        check = zero._overflow_check_and_loss_scale_update
-
-        def checked(update_scale: bool = True) -> bool:
-            if not check(update_scale) and not update_scale:
-                zero.overflow = not self._accepts(combine_grad_norm_groups(norms_of()))
-            return zero.overflow
-
-        zero._overflow_check_and_loss_scale_update = checked
+        zero._get_norm_groups = lambda: [self._passed_on(combine_grad_norm_groups(norms_of()))]
 
     def _stand_in_bf16(self) -> None:
         norm_of = bf16_optimizer.get_global_norm_of_tensors

@@ -68,6 +68,8 @@ def test_sgd_is_given_no_betas(tmp_path):
         ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag: unknown key: did you mean 'stage'"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be"),
         ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "momentun: unknown key: did you mean 'momentum'"),
+        ({"optimizer": {"type": "Muon"}}, "Muon is not supported"),
+        ({"optimizer": {"type": "muon"}}, "Muon is not supported"),
         ({"optimizer": {"type": "AdmW"}}, "optimizer.type 'AdmW': did you mean 'AdamW'"),
         ({"optimizer": {"type": "AdamW", "parms": {}}}, "optimizer.parms: unknown key: did you mean 'params'"),
         ({"optimizer": {"type": "AdamW", "params": {"esp": 1e-8}}}, "params.esp: unknown key: did you mean 'eps'"),
