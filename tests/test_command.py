@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from data_prep.__main__ import main as data_prep
+from megaresid.config import from_flat
 from megaresid.data.shards import HEADER_BYTES
 from megaresid.export import export
+from megaresid.model.flops import training_flops_per_token
 from megaresid.training.checkpoint import read_parameters
 from megaresid.training.run_dir import read_metrics
 
@@ -98,7 +100,12 @@ def test_a_run_directory_describes_the_run(whole):
         assert json.loads((whole / name).read_text())["schema"] == 1
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["ranks"] == 2 and "kernels" in environment
-    assert json.loads((whole / "spec.json").read_text())["hash"]
+    spec, config = (json.loads((whole / name).read_text()) for name in ("spec.json", "config.json"))
+    plan = from_flat({key: value for key, value in config.items() if key != "schema"}, "a run").plan()
+    trained = read_parameters(whole / "checkpoints" / f"step_{END:08d}").values()
+    assert spec["hash"] == plan.hash and spec["parameters"] == sum(parameter.numel() for parameter in trained)
+    assert spec["flops_per_token"] == training_flops_per_token(plan)
+    assert json.loads((whole / "outcome.json").read_text()) == {"schema": 1, "outcome": "finished", "step": END}
     assert list((whole / "tensorboard").iterdir())
     # Validations before step 1 and after 2, 4, 6 and 7, and a row of every step.
     assert [row["step"] for row in read_metrics(whole)] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]

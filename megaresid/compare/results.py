@@ -8,7 +8,8 @@ SCHEMA = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has neither NaN nor infinity: what is not known is None.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Record):

@@ -18,10 +18,15 @@ SCHEMA = 1
 FILES = ("config.json", "spec.json", "ds_config.json", "environment.json", "data.json")
 INITIAL = "initial.json"
 """What a run started from; runs of earlier versions have none."""
+OUTCOME = "outcome.json"
+"""How a run ended: null while it has not; runs of earlier versions have none."""
+UNHEALTHY = "unhealthy"
 SWEEP = "sweep.json"
 REPORT = "report.json"
 MOST = 2**53
 """Of any whole number: beyond it a float skips some."""
+LARGEST, SMALLEST = 1e100, 1e-100
+"""Of numbers that are measured."""
 
 Tree = Mapping[str, Any]
 
@@ -58,6 +63,11 @@ class _Spec(_Known):
 
 class _Data(_Known):
     identity: str
+
+
+class _Outcome(_Known):
+    outcome: str | None
+    step: int = Field(ge=0, le=MOST)
 
 
 class _Planned(_Known):
@@ -167,15 +177,22 @@ class Run:
 
     @cached_property
     def state(self) -> Literal["ended", "diverged", "unfinished"]:
-        if self.final is not None and self.has_cost:
+        stopped = self._stopped_by_health()
+        if self.final is not None and self.has_cost and not stopped:
             return "ended"
         training = [row for row in self.rows if "train_loss" in row]
         at_end = [row for row in self.rows if row["step"] == self.steps and "val_loss" in row]
         lost = self.final is None and (at_end or training and number(training[-1], "train_loss") is None)
-        return "diverged" if lost or self._stopped_by_health() else "unfinished"
+        return "diverged" if lost or stopped else "unfinished"
 
     def _stopped_by_health(self) -> bool:
-        """Whether its newest bad step is one after which the health guard ends a run."""
+        if OUTCOME in self.files:
+            return self.files[OUTCOME]["outcome"] == UNHEALTHY
+        return self.final is None and self._seems_stopped_by_health()
+
+    def _seems_stopped_by_health(self) -> bool:
+        """Of a run that did not record how it ended: whether its newest bad step is one after which the health guard
+        ends a run."""
         try:
             kept = max((self.path / "forensics").glob("step_*.json"), default=None)
             bad = kept and _object(kept)
@@ -188,13 +205,15 @@ class Run:
 
     def not_ended(self) -> str:
         """Of one that did not come to its end, why it is not counted."""
-        reached = f"step {self.last_step:,} of {self.steps:,}"
+        last = max(self.last_step, self.files.get(OUTCOME, {}).get("step", 0))
+        reached = f"step {last:,} of {self.steps:,}"
         if self.state == "diverged":
             return f"diverged: its losses are not finite, or its health guard ended it, at {reached}"
         if self.final is not None:
             return "not counted: its metrics hold no tokens_per_second or no memory_bytes"
         if self.last_step == self.steps:
-            return f"not counted: no validation loss at its last step {self.steps:,}; it needs validation in --eval"
+            mend = "go on with it by --resume auto" if self.validations else "it needs validation in --eval"
+            return f"not counted: no validation loss at its last step {self.steps:,}; {mend}"
         return f"unfinished at {reached}: not counted; go on with it by --resume auto"
 
 
@@ -222,11 +241,12 @@ def plain(text: str) -> str:
 
 
 def number(row: Tree, key: str) -> float | None:
-    """A finite number; None for anything else, and where it is not there."""
+    """A finite number; None for anything else, and where it is not there. What is so large or so small that squares of
+    it and quotients by it are not finite, is none or zero."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST or value != value:
         return None
-    return float(value)
+    return float(value) if abs(value) > SMALLEST else 0.0
 
 
 def read_runs(paths: Sequence[Path]) -> Found:
@@ -319,6 +339,10 @@ def read_run(path: Path, name: str) -> Run:
             _known(file, model, files[file])
         if (path / INITIAL).exists():
             files[INITIAL] = _object(path / INITIAL)
+        if (path / OUTCOME).exists():
+            files[OUTCOME] = _object(path / OUTCOME)
+            _check_schema(OUTCOME, files[OUTCOME])
+            _known(OUTCOME, _Outcome, files[OUTCOME])
         rows = _rows(path / "metrics.jsonl")
     except OSError as error:
         raise Unreadable(f"not counted: {Path(error.filename or path).name} cannot be read: {error.strerror}") from None

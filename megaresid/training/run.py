@@ -36,7 +36,7 @@ from megaresid.training.pipeline_engine import PipelineEngine
 from megaresid.training.prepare import Prepared
 from megaresid.training.retention import Retention
 from megaresid.training.rollback import Back, Rollbacks
-from megaresid.training.run_dir import RunDirectory, environment, read_metrics
+from megaresid.training.run_dir import OUTCOME, RunDirectory, environment, read_metrics
 from megaresid.training.saver import Saver
 from megaresid.training.schedule import learning_rate
 from megaresid.training.signals import Wishes
@@ -162,7 +162,18 @@ def _train(
             outcome, line = rollbacks.decide(outcome is Outcome.ROLL_BACK, health, course.skipped_batches)
             if recorder:
                 recorder.say(line)
-    return outcome if saved or outcome not in (Outcome.FINISHED, Outcome.STOPPED) else Outcome.UNSAVED
+        elif not saved:
+            outcome = Outcome.UNSAVED
+        if directory and isinstance(outcome, Outcome):
+            _record_end(directory, outcome, health.verdict.step if health.verdict else first, recorder.say)
+    return outcome
+
+
+def _record_end(directory: RunDirectory, outcome: Outcome, step: int, say: Callable[[str], None]) -> None:
+    try:
+        directory.write(OUTCOME, {"outcome": outcome.value, "step": step})
+    except OSError as error:
+        say(f"{OUTCOME} cannot be written ({error.strerror or error}): how the run ended is not recorded")
 
 
 def _diagnostics(engine: Engine, prepared: Prepared, recorder: Recorder | None) -> Diagnostics | None:
@@ -247,6 +258,8 @@ def _pending(prepared: Prepared, first: int) -> set[str]:
 
 def _start_record(directory: RunDirectory, prepared: Prepared, course: Course, device: torch.device) -> Recorder:
     """Describe the run in its directory, on the screen and in TensorBoard."""
+    # Until the run ends by itself, nothing is said of an earlier end.
+    directory.write(OUTCOME, {"outcome": None, "step": course.first})
     directory.keep_metrics_until(course.first)
     _describe(directory, prepared, device)
     monitors = prepared.ds_config.monitors

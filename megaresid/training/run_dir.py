@@ -20,6 +20,8 @@ SCHEMA = 1
 LOCK = ".lock"
 HEARTBEATS = ".heartbeats"
 """Of the ranks, while they run."""
+OUTCOME = "outcome.json"
+"""How a run ended, and after which step; null from its (re)start until then."""
 PACKAGES = (
     *("megaresid", "torch", "deepspeed", "triton", "flash-linear-attention", "fla-core"),
     *("numpy", "tiktoken", "tensorboard"),

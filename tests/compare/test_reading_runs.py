@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from made_sweeps import STEPS, write_run, write_sweep
 
 from megaresid.compare.comparison import compare
+from megaresid.compare.results import Comparison
 from megaresid.compare.runs import read_runs
 from megaresid.errors import UserError
 
@@ -73,8 +74,8 @@ def edit_rows(run, edit):
         (lambda rows: [*rows[:3], "[1]", *rows[3:]], "line 4 is no row with a step"),
         (lambda rows: [*rows[:3], '{"step": -1}', *rows[3:]], "line 4 is no row with a step"),
         (lambda rows: rows[::-1], "goes back"),
-        (lambda rows: [row for row in rows if "val_loss" not in row], "no validation loss at its last step 100"),
-        (lambda rows: rows[:-1], "no validation loss at its last step 100"),
+        (lambda rows: [row for row in rows if "val_loss" not in row], "at its last step 100; it needs validation in --eval"),
+        (lambda rows: rows[:-1], "no validation loss at its last step 100; go on with it by --resume auto"),
         (lambda rows: [row.replace("memory_bytes", "m") for row in rows], "no memory_bytes"),
         (lambda rows: [], "unfinished at step 0 of 100"),
     ],
@@ -109,6 +110,36 @@ def test_a_run_that_its_health_guard_ended_has_diverged(tmp_path, bad_step, dive
     folder.mkdir()
     (folder / f"step_{bad_step['step']:08d}.json").write_text(json.dumps({"schema": 1} | bad_step))
     assert told(tmp_path, "bad").startswith("diverged" if diverged else "unfinished")
+
+
+@pytest.mark.parametrize(
+    "outcome, words",
+    [
+        ("unhealthy", "diverged: its losses are not finite, or its health guard ended it, at step 57 of 100"),
+        ("stopped by a signal", "unfinished at step 57 of 100"),
+        (None, "unfinished at step 57 of 100"),
+    ],
+)
+def test_a_run_is_what_it_says_of_its_end_whatever_forensics_were_kept(tmp_path, outcome, words):
+    run = write_run(tmp_path / "bad", until=50)
+    (run / "outcome.json").write_text(json.dumps({"schema": 1, "outcome": outcome, "step": 57}))
+    if outcome != "unhealthy":
+        (run / "forensics").mkdir()
+        bad = {"schema": 1, "step": 60, "skipped_in_a_row": 10, "updated": False}
+        (run / "forensics" / "step_00000060.json").write_text(json.dumps(bad))
+    assert told(tmp_path, "bad").startswith(words)
+
+
+def test_a_finished_run_says_so_and_counts(tmp_path):
+    run = write_run(tmp_path / "a")
+    (run / "outcome.json").write_text('{"schema": 1, "outcome": "finished", "step": 100}')
+    assert [found.state for found in read_runs([tmp_path]).runs] == ["ended"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 1, "outcome": 3, "step": 5}', '{"schema": 2}'])
+def test_a_damaged_record_of_the_end_is_named(tmp_path, text):
+    (write_run(tmp_path / "bad") / "outcome.json").write_text(text)
+    assert "outcome.json" in told(tmp_path, "bad")
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "\ud800", "a\nb", "\u202e"])
@@ -169,7 +200,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-HUGE = st.sampled_from([10**400, -(10**400), 1e308, float("nan"), float("inf"), 2**63, "\x1b[2J", "\ud800", "<b>", ""])
+NUMBERS = [10**400, -(10**400), 1e308, 1e-308, 5e-324, float("nan"), float("inf"), 2**63]
+HUGE = st.sampled_from([*NUMBERS, "\x1b[2J", "\ud800", "<b>", ""])
 
 
 def texts(tree):
@@ -178,6 +210,21 @@ def texts(tree):
     elif isinstance(tree, dict | list | tuple):
         for part in tree.values() if isinstance(tree, dict) else tree:
             yield from texts(part)
+
+
+@pytest.mark.parametrize("key", ["val_loss", "training_seconds", "tokens_per_second", "mfu", "memory_bytes", "x/acc"])
+@pytest.mark.parametrize("values", [(1e99, 9e99), (1e-99, 9e-100), (1e-99, 1e99), (1e-320, 5e-324)])
+def test_numbers_out_of_all_reason_leave_only_finite_ones(tmp_path, key, values):
+    """Their squares, sums and quotients overflow, or vanish and are divided by."""
+    write_sweep(tmp_path, {"vanilla": [3.0, 3.1, 3.05], "other": [2.9, 3.2, 3.0]}, every=50)
+    for run, value in (("other-0.001-1", values[0]), ("other-0.001-2", values[1]), ("vanilla-0.001-1", values[1])):
+        path = tmp_path / "runs" / run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        last = [row for row in rows if key in row or "/" in key][-1]
+        last[key] = value
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare([tmp_path])
+    assert Comparison.model_validate_json(found.model_dump_json()) == found
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -205,6 +252,6 @@ def test_whatever_is_in_a_run_directory_is_a_line_and_no_traceback(tmp_path, dat
     except UserError as error:
         assert str(error)
     else:
-        json.loads(found.model_dump_json(), parse_constant=lambda word: pytest.fail(word))
+        assert Comparison.model_validate_json(found.model_dump_json()) == found
         assert any("vanilla" in variant.name for variant in found.variants)
         assert all(text.isprintable() for text in texts(found.model_dump()))

@@ -79,6 +79,7 @@ def test_an_overflow_stops_the_run_and_is_kept_by_name(ranks2, tmp_path):
     said = outcomes[0][1][-1]
     assert "step 5: 3 bad steps in a row: the run stops; the last good checkpoint is step_00000002" in said
     assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000002"]
+    assert json.loads((run / "outcome.json").read_text()) == {"schema": 1, "outcome": "unhealthy", "step": 5}
     files = sorted(path.name for path in (run / "forensics").iterdir())
     assert files == [f"step_{step:08d}.json" for step in (3, 4, 5)]
     tree = kept(run, 3)
