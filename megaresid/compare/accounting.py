@@ -12,6 +12,7 @@ from megaresid.compare.statistics import interval
 from megaresid.errors import UserError
 
 MEASURES = ("tokens", "flops", "seconds")
+OF_MEANS = "Means stand in some order whatever the noise; which differences can be believed, the tests say."
 WORDS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 
 
@@ -109,7 +110,7 @@ def orders(equal: Mapping[str, EqualCost]) -> Orders | None:
 
 def _remark(ranked: Mapping[str, Sequence[str]]) -> str:
     if len(set(ranked.values())) == 1:
-        return "The order is the same at equal tokens, equal FLOPs and equal time."
+        return f"The order of the means is the same at equal tokens, equal FLOPs and equal time. {OF_MEANS}"
     lines = []
     for one, other in combinations(ranked["tokens"], 2):
         ahead = {measure: ranked[measure].index(one) < ranked[measure].index(other) for measure in MEASURES}
@@ -117,4 +118,4 @@ def _remark(ranked: Mapping[str, Sequence[str]]) -> str:
         if behind:
             ahead_at = " and ".join(WORDS[measure] for measure in MEASURES if ahead[measure])
             lines.append(f"{one} is ahead of {other} at equal {ahead_at}, behind it at equal {' and '.join(behind)}")
-    return f"The orders differ: {'; '.join(lines)}. They are orders of means, and say nothing of noise."
+    return f"The orders of the means differ: {'; '.join(lines)}. {OF_MEANS}"

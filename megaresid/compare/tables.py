@@ -22,6 +22,7 @@ from megaresid.compare.units import (
 from megaresid.compare.wording import amount, half_width, in_order, interval
 
 NATS = "nats per token"
+LISTED = 6  # runs of one value
 HASH = 12  # characters of a hash that tell one from another
 
 
@@ -90,24 +91,24 @@ def final_loss(comparison: Comparison) -> Table:
 
 DIFFERENCE_COLUMNS = (
     "difference",
+    "verdict",
     "95% interval",
     "p (paired\N{NO-BREAK SPACE}t)",
     "p (Holm)",
     "p (permutation)",
     "detectable",
-    "verdict",
 )
 
 
 def difference_cells(difference: Difference, places: int = LOSS_PLACES) -> tuple[Cell, ...]:
     return (
         Cell(fixed(difference.mean, places, signed=True), source=f"seeds {', '.join(map(str, difference.seeds))}"),
+        Cell(difference.verdict, number=False, verdict=difference.verdict),
         Cell(interval(difference, places, signed=True)),
         Cell(probability(difference.p_t)),
         Cell(probability(difference.p_holm)),
         Cell(probability(difference.p_permutation)),
         Cell(fixed(difference.detectable, places)),
-        Cell(difference.verdict, number=False, verdict=difference.verdict),
     )
 
 
@@ -126,7 +127,7 @@ def differences(comparison: Comparison) -> Table | None:
         return None
     caption = (
         f"Final validation loss minus that of {comparison.baseline}, paired by seed; negative is better. "
-        "Detectable: the smallest true difference that so many seeds show with 80% power at 5%"
+        "Detectable: about the smallest true difference that so many seeds show with 80% power at 5%"
     )
     return Table(caption, ("variant", "seeds", *DIFFERENCE_COLUMNS), tuple(rows))
 
@@ -156,7 +157,7 @@ def _metric_cells(metric: Metric, ranked: bool) -> tuple[Cell, ...]:
     if not ranked:
         return cells
     if metric.difference is None:
-        return (*cells, *[Cell("")] * (len(DIFFERENCE_COLUMNS) - 1), word(""))
+        return (*cells, Cell(""), word(""), *[Cell("")] * (len(DIFFERENCE_COLUMNS) - 2))
     return (*cells, *difference_cells(metric.difference, places))
 
 
@@ -237,7 +238,7 @@ def learning_rates(comparison: Comparison) -> Table:
             Cell(interval(at.loss, LOSS_PLACES) if at.loss else UNKNOWN),
             Cell(str(len(at.loss.samples)) if at.loss else "0"),
             Cell(str(at.diverged)),
-            word("best" if at.learning_rate == variant.learning_rate else ""),
+            word("best" if at.learning_rate == variant.learning_rate and len(variant.rates) > 1 else ""),
         )
         for variant in in_order(comparison)
         for at in variant.rates
@@ -249,12 +250,19 @@ def learning_rates(comparison: Comparison) -> Table:
 def differing(comparison: Comparison) -> Table | None:
     """What is not the same in all runs."""
     rows = [
-        (word(key.key), word(value), Cell(str(len(runs))), word(", ".join(runs)), word(_comparable(key.comparable)))
+        (word(key.key), word(value), Cell(str(len(runs))), word(_listed(runs)), word(_comparable(key.comparable)))
         for key in comparison.differing
         for value, runs in key.values
     ]
     columns = ("what", "value", "runs", "which", "may differ")
-    return Table("What differs between the runs", columns, tuple(rows)) if rows else None
+    caption = "Each value with its runs. What may not differ keeps the runs from being ranked, unless that was allowed"
+    return Table(caption, columns, tuple(rows)) if rows else None
+
+
+def _listed(runs: Sequence[str]) -> str:
+    if len(runs) <= LISTED:
+        return ", ".join(runs)
+    return f"{', '.join(runs[: LISTED - 1])} and {len(runs) - LISTED + 1} more (all in report.json)"
 
 
 def _comparable(comparable: bool) -> str:

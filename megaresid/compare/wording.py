@@ -77,7 +77,7 @@ def _words(difference: Difference) -> str:
         case "not distinguishable":
             shown = ""
             if difference.detectable is not None:
-                shown = f"; a true difference of {fixed(difference.detectable)} is found 4 times in 5"
+                shown = f"; a true difference of about {fixed(difference.detectable)} could have been shown"
             return f"difference {fixed(difference.mean, signed=True)}{about} ({p}{seeds}{shown})"
         case _:
             return f"difference {fixed(difference.mean, signed=True)}{about} ({seeds})"
@@ -139,12 +139,10 @@ def baseline_words(comparison: Comparison) -> str:
 def warnings(comparison: Comparison) -> list[str]:
     """What a reader must know beside the answer."""
     said = []
-    for variant in in_order(comparison):
-        if variant.at_edge:
-            said.append(
-                f"{variant.name}: its best learning rate, {rate(variant.learning_rate)}, is at the edge of those "
-                "tried; a better one may lie beyond."
-            )
+    edges = [f"{v.name} ({rate(v.learning_rate)})" for v in in_order(comparison) if v.at_edge]
+    if edges:
+        listed = ", ".join(edges)
+        said.append(f"Best at the edge of the learning rates tried, so that a better one may lie beyond: {listed}.")
     diverged = [(variant.name, sum(at.diverged for at in variant.rates)) for variant in in_order(comparison)]
     if any(count for _, count in diverged):
         said.append("Diverged runs: " + ", ".join(f"{count} of {name}" for name, count in diverged if count) + ".")

@@ -10,7 +10,7 @@ from made_comparisons import made_comparison
 from made_sweeps import write_run, write_sweep
 from markdown_it import MarkdownIt
 
-from megaresid.compare import plots, report
+from megaresid.compare import plots, report, wording
 from megaresid.compare.comparison import compare
 from megaresid.compare.results import Comparison, Difference, Estimate
 
@@ -105,7 +105,7 @@ def test_metrics(tables, comparison):
             assert shows(cells[2], metric.estimate.mean) and shows_interval(cells[3], metric.estimate)
             if metric.difference is not None:
                 row = dict(zip(table[0][4:], cells[4:], strict=True))
-                assert shows_difference(row, metric.difference) and shows_interval(cells[5], metric.difference)
+                assert shows_difference(row, metric.difference) and shows_interval(cells[6], metric.difference)
 
 
 def test_cost(tables, comparison):
@@ -244,6 +244,30 @@ def test_a_twin_of_the_baseline(comparison):
     both = comparison.model_copy(update={"variants": (comparison.variants[0], twin)})
     text = page(both).xpath("string(//section[1])")
     assert "the same loss as the baseline's in each of 3 seeds" in text
+
+
+def test_rates_at_the_edge_are_told_in_one_line(comparison):
+    edges = [v.model_copy(update={"at_edge": v.name != "learned_scaling"}) for v in comparison.variants]
+    (line,) = [line for line in wording.warnings(comparison.model_copy(update={"variants": edges})) if "edge" in line]
+    for variant in edges:
+        assert (f"{variant.name} (0.0003)" in line) == variant.at_edge
+    assert not any("edge" in line for line in wording.warnings(comparison))
+
+
+def test_many_runs_of_one_value_are_listed_in_part(comparison):
+    runs = tuple(f"run-{number}" for number in range(40))
+    values = tuple((str(count), runs[:count]) for count in (6, 7, 40))
+    one = comparison.differing[0].model_copy(update={"values": values})
+    rows = tables_of(page(comparison.model_copy(update={"differing": (one,)})))
+    six, seven, forty = [row["which"] for row in table_with(rows, "what", "which")]
+    assert six == ", ".join(runs[:6])
+    assert seven == "run-0, run-1, run-2, run-3, run-4 and 2 more (all in report.json)"
+    assert forty == "run-0, run-1, run-2, run-3, run-4 and 35 more (all in report.json)"
+
+
+def test_one_learning_rate_is_not_called_the_best():
+    rows = table_with(tables_of(page(made_comparison(rates=1))), "learning rate", "diverged")
+    assert [row[""] for row in rows] == [""] * 4
 
 
 def hostile() -> Comparison:
