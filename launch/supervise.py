@@ -90,7 +90,7 @@ class Start:
         code = self._launcher.poll()
         reports = read_reports(self._folder)
         if at_once is None:
-            at_once = agreed_code([report["code"] for report in reports], FAULT if code is None else code)
+            at_once = agreed_code([report["code"] for report in reports], code)
         end_descendants(self._launcher)
         self._lock.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -140,8 +140,12 @@ def _be_the_launcher() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would all ranks
 
 
-def agreed_code(codes: list[int | None], launchers: int) -> int:
-    """What the ranks' codes amount to (None: ended without a word), and the launcher's where they do not say."""
+def agreed_code(codes: list[int | None], launchers: int | None) -> int:
+    """What the ranks' codes amount to (None: ended without a word), and the launcher's where they do not say.
+
+    ``launchers`` is None where it had not ended in time: ranks that said that they had finished have, however long
+    their processes took to end.
+    """
     for decisive in (USERS_MISTAKE, UNHEALTHY):
         if decisive in codes:
             return decisive
@@ -149,6 +153,8 @@ def agreed_code(codes: list[int | None], launchers: int) -> int:
         return FAULT
     if STOPPED in codes:
         return STOPPED
+    if launchers is None:
+        return FINISHED if codes else FAULT
     return launchers if launchers >= 0 else FAULT
 
 

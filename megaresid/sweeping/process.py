@@ -10,8 +10,6 @@ from pathlib import Path
 from megaresid.errors import UserError
 
 SUPERVISOR = Path(__file__).parents[2] / "launch" / "supervise.py"
-ENDING_SECONDS = "120"
-"""That a process has to end once its training has: beside others it may take longer than the supervisor's own 20."""
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +59,7 @@ def start(config: Path, log: Path, ranks: int, environment: dict[str, str]) -> s
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={"MEGARESID_GRACE_SECONDS": ENDING_SECONDS, **os.environ, "PATH": path, **environment},
+            env={**os.environ, "PATH": path, **environment},
             start_new_session=True,
             preexec_fn=_be_a_run,
         )
