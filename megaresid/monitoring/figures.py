@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from megaresid.monitoring.findings import CLOSE, DepthMatrix, Findings, MixingMatrices
 
@@ -33,6 +34,13 @@ PANEL = (4.0, 2.6)  # inches
 MOST_TICKS = 24
 FLAT = 1e-3
 """The least height of a panel, relative to what it shows."""
+
+
+class PlainLog(LogFormatter):
+    """0.0125 rather than 1.25 x 10^-2, at the ticks that have a label."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""
 
 
 def figures(findings: Findings, title: str) -> Iterator[tuple[str, Figure]]:
@@ -99,6 +107,8 @@ def _panel(axes: Axes, quantity: str, findings: Findings) -> None:
     logarithmic = quantity in LOGARITHMIC and positive
     if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PlainLog())
+        axes.yaxis.set_minor_formatter(PlainLog())
     axes.set_title(LABELS.get(quantity, quantity), fontsize="medium")
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)

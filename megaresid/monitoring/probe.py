@@ -61,10 +61,12 @@ class Looking:
         self.findings = Findings()
         self._parts = model.parts
         self._handles: list = []
-        self._reads: list[Tensor] | None = None
-        """What the current site has read so far; None where nobody wants to know."""
+        self._reads: list[Tensor] = []
+        self._entered = True
+        """Whether the current site has called its sublayer; what it had read before that is what it reads."""
         self._of_layer: tuple[str, Tensor] | None = None
         self._products: dict[str, Tensor | None] = {}
+        self._looking = False
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Looking":
@@ -91,14 +93,20 @@ class Looking:
         self._handles.append(module.register_forward_hook(self._guarded(look)))
 
     def _guarded(self, look: Callable[..., None]) -> Callable[..., None]:
-        """A look that fails is the last one, but the forward goes on: under ZeRO-3 the other ranks take part in it."""
+        """What a look runs itself, such as a site once more, is not looked at.
+
+        A look that fails is the last one, but the forward goes on: under ZeRO-3 the other ranks take part in it.
+        """
 
         def guarded(*arguments) -> None:
-            if self._failure is None:
-                try:
-                    look(*arguments)
-                except Exception as error:
-                    self._failure = error
+            if self._looking or self._failure:
+                return
+            self._looking = True
+            try:
+                look(*arguments)
+            except Exception as error:
+                self._failure = error
+            self._looking = False
 
         return guarded
 
@@ -122,7 +130,7 @@ class Looking:
         return look
 
     def _read(self, norm: nn.Module, arguments: tuple) -> None:
-        if self._reads is not None and not self._entered:
+        if not self._entered:
             self._reads.append(arguments[0])
 
     def _sublayer(self, place: str | None):
@@ -140,7 +148,6 @@ class Looking:
         def look(site: Site, arguments: tuple, output: tuple) -> None:
             (state, side, *sublayers), (after, _) = arguments, output
             read = _side_by_side(self._reads)
-            self._reads = None  # what runs now is none of the model's forward
             without, _ = site.forward(state, side, *[_nothing] * len(sublayers))
             changes = [_rms(a - b, 2) for a, b in zip(map(_exact, after), map(_exact, without)) if a is not b]
             update = max(changes, key=lambda change: change.mean().item())

@@ -21,6 +21,7 @@ GROUPS = {
     "mfu": "speed/mfu",
     "memory_bytes": "memory/peak_bytes",
     "skipped_steps": "optimizer/skipped_steps",
+    "skipped_batches": "optimizer/skipped_batches",
     "tokens": "progress/tokens",
     "training_seconds": "progress/training_seconds",
 }

@@ -66,5 +66,19 @@ def test_mixing_is_drawn_with_the_sums_of_rows_and_columns():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1.2", "1.5"]
 
 
+def test_a_logarithmic_axis_has_plain_numbers():
+    found = Findings()
+    for layer, value in enumerate((0.0282, 0.0118, 0.0123, 0.0145)):
+        found.note("read_rms", f"{layer:02d}.attention", value)
+    ((_, figure),) = figures(found, "step 10")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (low, high), labels = axes.get_ylim(), axes.get_yticklabels(which="both")
+    shown = {label.get_text(): label.get_position()[1] for label in labels if low <= label.get_position()[1] <= high}
+    assert axes.get_yscale() == "log" and len(shown) >= 3
+    for text, value in shown.items():
+        assert not text or (float(text) == pytest.approx(value) and "e" not in text)
+
+
 def test_nothing_found_is_nothing_drawn():
     assert not [*figures(Findings(), "step 10")]

@@ -241,6 +241,7 @@ def test_a_sample_of_many_values_has_all_heads_alike():
     of_heads = torch.arange(16.0).expand(4, 1024, 16)
     model.parts[2].attention.diagnose = lambda x, side: {"beta": Values(of_heads)}
     sample = probe(model, TOKENS).samples["mixer.beta"]["00.attention"]
+    np.testing.assert_array_equal(sample, probe(model, TOKENS).samples["mixer.beta"]["00.attention"])
     heads, counts = np.unique(sample, return_counts=True)
     assert [*heads] == [*range(16)] and counts.min() > 0.7 * 4096 / 16 and counts.max() < 1.3 * 4096 / 16
 
@@ -308,6 +309,79 @@ def test_what_is_no_reading_is_told(readings, told):
     model.parts[2].sites["mlp"].diagnose = lambda state: readings()
     with pytest.raises(Exception, match=told):
         probe(model, TOKENS)
+
+
+def test_what_a_reading_runs_is_not_looked_at():
+    model, plain = mirror(model_of("vanilla")), probe(mirror(model_of("vanilla")), TOKENS)
+    site, mixer = model.parts[2].sites["attention"], model.parts[3].attention
+    site.diagnose = lambda state: {"gate": Values(site.enter(tuple(7 * x for x in state))[0])}
+    mixer.diagnose = lambda x, side: {"output": Values(mixer(x, side)[0])}
+    found = probe(model, TOKENS)
+    for quantity in ("read_rms", "update_rms", "update_ratio", "cosine"):
+        assert found.by_depth[quantity] == plain.by_depth[quantity], quantity
+    assert found.by_depth["site.gate"].keys() == {"00.attention"}
+    assert found.by_depth["mixer.output"].keys() == {"01.attention"}
+
+
+def test_of_several_tensors_of_a_state_the_update_is_of_the_one_that_is_changed_most():
+    model, outputs = mirror(model_of("vanilla")), []
+    site = model.parts[-2].sites["mlp"]
+
+    def forward(state, side, sublayer):
+        y, side = sublayer(site.norm(state[0]), side)
+        outputs.append(y)
+        return (state[0] + y, 3 * y), side
+
+    site.forward = forward
+    found = probe(model, TOKENS)
+    assert found.by_depth["update_rms"][SITES[-1]] == pytest.approx(3 * mean_rms(outputs[0]), rel=1e-9)
+
+
+@torch.no_grad()
+def test_of_inputs_q_k_and_v_all_are_what_a_site_reads():
+    model = mirror(model_of("mudd_former"))
+    place, site = SITES[2], model.parts[3].sites["attention"]
+    norms, inputs = [*site.norm.values()], []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    model(TOKENS)
+    together = torch.stack(inputs, 2)
+    assert together.shape[2] == len(norms) == 3
+    assert probe(model, TOKENS).by_depth["read_rms"][place] == pytest.approx(mean_rms(together), rel=1e-9)
+
+
+@torch.no_grad()
+def test_of_inputs_q_k_and_v_without_norms_all_are_what_a_site_reads():
+    model = mirror(model_of("vanilla"))
+    site, sublayer = model.parts[2].sites["attention"], model.parts[2].attention
+    site.norm = nn.Identity()
+    site.enter = lambda state: ((state[0], 2 * state[0], 3 * state[0]), None)
+    sublayer.forward = lambda x, side: (x[0], side)
+    tokens = model.parts[1](model.parts[0](TOKENS))[0]
+    inputs = torch.stack([tokens, 2 * tokens, 3 * tokens], 2)
+    assert probe(model, TOKENS).by_depth["read_rms"]["00.attention"] == pytest.approx(mean_rms(inputs), rel=1e-9)
+
+
+@torch.no_grad()
+def test_mixers_and_the_close_show_themselves_for_what_they_get():
+    """The side channel that goes along with the depth too, which the close's state is without."""
+    model, told, got = mirror(model_of("vanilla", attention="value_residual")), [], []
+    mixer, close = model.parts[4].attention, model.parts[-1]
+    mixer.register_forward_pre_hook(lambda _, arguments: got.append(arguments[1]))
+    mixer.diagnose = lambda x, side: told.append(side) or {}
+    close.diagnose = lambda state: told.append(state) or {}
+    probe(model, TOKENS)
+    side, state = told
+    assert len(side) == 1 and side[0] is got[0][0]
+    assert len(state) == close.state_length == 1
+
+
+def test_products_are_exact_under_autocast():
+    model, found = mirror(model_of("hyper_connections(dynamic=false)", dtype=torch.float32)), {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (found[enabled],) = probe(model, TOKENS).mixing.values()
+    np.testing.assert_allclose(found[True].composite, found[False].composite, rtol=1e-12)
 
 
 def test_nothing_that_was_computed_stays_in_memory():

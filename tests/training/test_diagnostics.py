@@ -1,7 +1,9 @@
 """Diagnostics while a model trains: they change nothing of it, and find what the plain model has."""
 
+import contextlib
 import functools
 import math
+import random
 from pathlib import Path
 from unittest import mock
 
@@ -225,6 +227,31 @@ def alone(monkeypatch):
     found = Diagnostics(mock.Mock(device="cpu"), IDX, 1, mock.Mock())
     found._probe = Findings
     return found
+
+
+def test_a_reading_that_disturbs_is_undone(monkeypatch):
+    """And it runs in evaluation mode, without gradients, under the run's autocast."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(diagnosing, "autocast_if_enabled", lambda _: torch.autocast("cpu", torch.bfloat16))
+    model = build(plan_of(configuration()), seed=0)
+    engine = mock.Mock(model=model, device=torch.device("cpu"), whole=lambda _: contextlib.nullcontext())
+    recorder = mock.Mock()
+    diagnostics = Diagnostics(engine, IDX, 1, recorder)
+
+    def disturb(state):
+        torch.set_float32_matmul_precision("medium")
+        assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled() and not diagnostics._model.training
+        return {"gate": Values(torch.rand(1) + float(np.random.rand()) + random.random())}
+
+    diagnostics._model.parts[2].sites["mlp"].diagnose = disturb
+    states = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
+    precision = torch.get_float32_matmul_precision()
+    diagnostics.run(1)
+    assert "diagnostics/site.gate/00.mlp" in recorder.diagnosis.call_args.args[1]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert [np.random.get_state()[1].tolist(), random.getstate()] == states[1:]
+    assert torch.get_float32_matmul_precision() == precision
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
 class Clock:
