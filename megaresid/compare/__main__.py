@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,13 +53,23 @@ def compare(
 
         _print_noise(console, estimate_noise(paths))
         return
-    check_out(out)
+    with _told(out):
+        check_out(out)
     from megaresid.compare import comparison, report
 
     found = comparison.compare(paths, baseline, allow)
-    report.write(found, out)
+    with _told(out):
+        report.write(found, out)
     _print(console, found)
     console.print(f"\nThe report is {out / 'report.html'}; report.md, report.json and the plots lie beside it.")
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}: choose another folder, or make room") from None
 
 
 def check_out(out: Path) -> None:
@@ -121,13 +133,21 @@ def _print_problems(console: Console, problems: "tuple[Problem, ...]") -> None:
 
 
 def _estimate(found: "Estimate") -> str:
-    return f"{found.mean:.4f}" + ("" if found.low is None else f" ± {(found.high - found.low) / 2:.4f}")
+    return _loss(found.mean) + _half_width(found)
 
 
 def _difference(found: "Difference | None") -> str:
     if found is None:
         return ""
-    return f"{found.mean:+.4f}" + ("" if found.low is None else f" ± {(found.high - found.low) / 2:.4f}")
+    return ("+" if found.mean >= 0 else "") + _loss(found.mean) + _half_width(found)
+
+
+def _half_width(found: "Estimate | Difference") -> str:
+    return "" if found.low is None else f" ± {_loss((found.high - found.low) / 2)}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _print_noise(console: Console, noise: "Noise") -> None:

@@ -297,20 +297,28 @@ def _within(path: Path) -> Iterator[tuple[str, Path | str | dict[str, Any]]]:
 
 def _of_folder(path: Path) -> Iterator[tuple[str, Path | str | dict[str, Any]]]:
     for folder in sorted(path.iterdir()):
-        if not folder.is_dir() or folder.name.startswith(".") or (folder / REPORT).exists():
-            continue
-        if (folder / SWEEP).exists() and not _is_run(folder):
-            for name, found in _of_sweep(folder):
-                yield f"{folder.name}/{name}".rstrip("/"), found
-        elif _is_run(folder):
-            yield folder.name, folder
-        else:
-            yield folder.name, "not counted: neither a run (no config.json) nor a sweep (no sweep.json)"
+        try:
+            yield from _of_entry(folder)
+        except OSError as error:
+            yield folder.name, f"cannot be read: {error.strerror}"
+
+
+def _of_entry(folder: Path) -> Iterator[tuple[str, Path | str | dict[str, Any]]]:
+    if not folder.is_dir() or folder.name.startswith(".") or (folder / REPORT).exists():
+        return
+    if (folder / SWEEP).exists() and not _is_run(folder):
+        for name, found in _of_sweep(folder):
+            yield f"{folder.name}/{name}".rstrip("/"), found
+    elif _is_run(folder):
+        yield folder.name, folder
+    else:
+        yield folder.name, "not counted: neither a run (no config.json) nor a sweep (no sweep.json)"
 
 
 def _of_sweep(path: Path) -> Iterator[tuple[str, Path | str | dict[str, Any]]]:
-    there = path / "runs"
+    there, present = path / "runs", set()
     if there.is_dir():
+        present = {folder.name for folder in there.iterdir()}
         yield from ((f"runs/{name}", found) for name, found in _of_folder(there))
     try:
         tree = _object(path / SWEEP)
@@ -321,7 +329,7 @@ def _of_sweep(path: Path) -> Iterator[tuple[str, Path | str | dict[str, Any]]]:
         return
     for run in sweep.runs:
         # A name that leads elsewhere is no run of the sweep's.
-        if Path(run.name).name == run.name and not (there / run.name).is_dir():
+        if Path(run.name).name == run.name and run.name not in {"", "..", *present}:
             yield f"runs/{run.name}", run.config
 
 

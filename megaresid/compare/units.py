@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MINUS = "\N{MINUS SIGN}"
 UNKNOWN = "n/a"
 LOSS_PLACES = 4
+LARGE = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ def unit_for(values: Iterable[float], units: tuple[Unit, ...]) -> Unit:
 
 
 def fixed(value: float | None, places: int = LOSS_PLACES, signed: bool = False) -> str:
-    """``value`` with so many places after the point, and groups of three digits before it."""
+    """``value`` with so many places after the point, and groups of three digits before it; an exponent from 10⁹ on,
+    as the perplexity of a spoilt model can have."""
     if value is None:
         return UNKNOWN
     if not math.isfinite(value):
         return "not finite"
+    if abs(value) >= LARGE:
+        return f"{value:{'+' if signed else ''}.4g}".replace("-", MINUS)
     text = f"{value:{'+' if signed else ''},.{places}f}"
     return text.replace("-", MINUS)
 

@@ -94,6 +94,13 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path, content):
         check_out(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    write_sweep(tmp_path / "x", {"vanilla": [3.0]})
+    said = refused(capsys, str(tmp_path / "x"), "--out", str(tmp_path / "file" / "x"))
+    assert "--out" in said and "cannot be written: Not a directory" in said
+
+
 def test_an_empty_folder_may_be_written_to(tmp_path):
     check_out(tmp_path)
     check_out(tmp_path / "new")

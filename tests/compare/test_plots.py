@@ -165,6 +165,18 @@ def test_a_far_worse_variant_does_not_press_the_others_together():
     assert any(text.get_text() == BAD for text in drawn["differences"].figure.axes[0].texts)
 
 
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [
+        ([0.5, 0.0, 0.1, 0.35, 0.1], 0.35),  # 0.4 is four times as far from the least as the median
+        ([3.04, 3.0, 3.002, 3.001, 3.06], 3.04),  # what is within 0.05 is near, however close the others
+        ([2.0, math.nan, math.inf], 2.0),
+    ],
+)
+def test_an_axis_ends_at_the_last_value_that_is_not_far(values, end):
+    assert plots.reach(values) == end
+
+
 def test_no_plot_ranks_what_is_refused(comparison):
     refused = comparison.model_copy(update={"refusal": "the data differ", "orders": None, "budget": None})
     assert {drawing.name for drawing in plots.draw(refused)} == {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -74,7 +75,7 @@ def edit_rows(run, edit):
         (lambda rows: [*rows[:3], "[1]", *rows[3:]], "line 4 is no row with a step"),
         (lambda rows: [*rows[:3], '{"step": -1}', *rows[3:]], "line 4 is no row with a step"),
         (lambda rows: rows[::-1], "goes back"),
-        (lambda rows: [row for row in rows if "val_loss" not in row], "at its last step 100; it needs validation in --eval"),
+        (lambda rows: [row for row in rows if "val_loss" not in row], "last step 100; it needs validation in --eval"),
         (lambda rows: rows[:-1], "no validation loss at its last step 100; go on with it by --resume auto"),
         (lambda rows: [row.replace("memory_bytes", "m") for row in rows], "no memory_bytes"),
         (lambda rows: [], "unfinished at step 0 of 100"),
@@ -159,6 +160,39 @@ def test_a_foreign_folder_is_told_and_a_report_is_not(tmp_path):
     (tmp_path / "a file").write_text("")
     assert "neither a run" in told(tmp_path, "pictures")
     assert [problem.run for problem in compare([tmp_path]).problems] == ["pictures"]
+
+
+@pytest.mark.parametrize("denied", ["a", "b", "b/metrics.jsonl"])
+def test_a_run_that_may_not_be_read_is_told_and_the_others_count(tmp_path, monkeypatch, denied):
+    write_sweep(tmp_path / "x", {"vanilla": [3.0]})
+    for name in "abc":
+        (tmp_path / "x" / "runs" / name).mkdir() if name == denied else write_run(tmp_path / "x/runs" / name)
+    refused, (stat, read) = tmp_path / "x/runs" / denied, (Path.stat, Path.read_bytes)
+
+    def refusing(ask):
+        def asked(path, **options):
+            if refused in path.parents or path == refused and "." in denied:
+                raise PermissionError(13, "Permission denied", str(path))
+            return ask(path, **options)
+
+        return asked
+
+    monkeypatch.setattr(Path, "stat", refusing(stat))
+    monkeypatch.setattr(Path, "read_bytes", refusing(read))
+    found = read_runs([tmp_path / "x"])
+    (problem,) = found.problems
+    assert problem.run == f"runs/{denied[0]}" and problem.line.endswith("cannot be read: Permission denied")
+    assert {run.name for run in found.runs} == {"runs/vanilla-0.001-1", *(f"runs/{n}" for n in "abc" if n != denied[0])}
+
+
+def test_names_that_are_none_of_the_sweeps_are_passed_over(tmp_path):
+    write_sweep(tmp_path, {"vanilla": [3.0]})
+    tree = json.loads((tmp_path / "sweep.json").read_text())
+    names = ["../a", "/a", "", ".", "..", "x" * 300, "a\0b"]
+    tree["runs"] += [tree["runs"][0] | {"name": name} for name in names]
+    (tmp_path / "sweep.json").write_text(json.dumps(tree))
+    missing = [problem.run for problem in read_runs([tmp_path]).problems]
+    assert missing == [f"runs/{'x' * 300}", "runs/a\\x00b"]
 
 
 def test_calibration_runs_of_a_sweep_are_not_its_runs(tmp_path):
