@@ -69,7 +69,8 @@ def _told(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}: choose another folder, or make room") from None
+        mend = "choose another folder, or make room"
+        raise UserError(f"--out {out} cannot be written: {error.strerror}: {mend}") from None
 
 
 def check_out(out: Path) -> None:

@@ -254,6 +254,33 @@ def test_rates_at_the_edge_are_told_in_one_line(comparison):
     assert not any("edge" in line for line in wording.warnings(comparison))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "flops", "seconds", "said"),
+    [
+        (1.0, 3.0, 3.0, "at equal tokens"),
+        (1.001, 1.019, 3.0, "at equal FLOPs"),
+        (1.001, 1.03, 1.019, "at equal time"),
+        (1.001, 1.03, 1.03, "at the end of runs of different cost"),
+    ],
+)
+def test_what_was_spent_equally_is_said(comparison, tokens, flops, seconds, said):
+    """One run's totals are so many times those of the others."""
+
+    def ending(variant, *factors):
+        ends = [
+            curve.points[-1].model_copy(
+                update={key: 1e6 * factor for key, factor in zip(("tokens", "flops", "seconds"), factors)}
+            )
+            for curve in variant.curves
+        ]
+        curves = [curve.model_copy(update={"points": (end,)}) for curve, end in zip(variant.curves, ends)]
+        return variant.model_copy(update={"curves": tuple(curves)})
+
+    first, other = comparison.variants[:2]
+    variants = (ending(first, 1.0, 1.0, 1.0), ending(other, tokens, flops, seconds))
+    assert wording.footing(comparison.model_copy(update={"variants": variants})).startswith(said)
+
+
 def test_many_runs_of_one_value_are_listed_in_part(comparison):
     runs = tuple(f"run-{number}" for number in range(40))
     values = tuple((str(count), runs[:count]) for count in (6, 7, 40))
