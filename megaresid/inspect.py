@@ -40,8 +40,12 @@ def inspect(run: Path, step: int | None = None, data: Folder = None, out: Folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: it is there already: give a new folder, or take it away")
     tokens = _tokens(saved, data)
-    findings = _probe(saved, tokens)
-    _write(saved, tokens, findings, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        findings = _probe(saved, tokens)
+        _write(saved, tokens, findings, folder)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror or error}") from None
     print("\n".join(_table(findings)))
     print(f"step {saved.step} of {saved.weights}; drawn in {folder}", flush=True)
 
@@ -109,8 +113,7 @@ def _write(saved: "Saved", tokens: "Tensor", findings: "Findings", folder: Path)
     from megaresid.monitoring.figures import figures
     from megaresid.training.run_dir import write_json
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(findings, f"{saved.source}, step {saved.step}"):
+    for name, figure in figures(findings, f"{saved.folder.resolve().name}, step {saved.step}"):
         for ending in ("png", "svg"):
             figure.savefig(folder / f"{name}.{ending}")
     tree = {"schema": SCHEMA, "step": saved.step, "source": saved.source, "spec": saved.plan.hash}

@@ -1,5 +1,6 @@
 """Looking into a checkpoint: the numbers of the model that it holds, its figures, and what cannot be looked into."""
 
+import errno
 import json
 
 import numpy as np
@@ -89,6 +90,22 @@ def test_what_is_there_is_not_written_over(run, tmp_path, undrawn):
     with pytest.raises(UserError, match="--out .*: it is there already"):
         inspect(run, out=out)
     assert (out / "findings.json").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_told(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*/file/out: Not a directory"):
+        inspect(run, out=tmp_path / "file" / "out")
+
+
+def test_a_full_disk_is_told(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", refuse)
+    with pytest.raises(UserError, match="--out .*/out: No space left on device"):
+        inspect(run, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "findings.json").exists()
 
 
 def test_an_exported_folder_needs_data_and_has_its_training_tokens(run, data, tmp_path, undrawn):

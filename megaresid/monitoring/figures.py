@@ -164,7 +164,7 @@ def _depth(name: str, matrix: DepthMatrix, title: str) -> Figure:
 
 def _heat_map_figure(shape: tuple[int, ...], title: str) -> tuple[Figure, Axes]:
     rows, columns = shape
-    size = (min(10.0, 3.2 + 0.28 * columns), min(10.0, 2.0 + 0.22 * rows))
+    size = (min(10.0, 3.2 + 0.28 * columns), min(10.0, 2.4 + 0.22 * rows))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots()
@@ -173,13 +173,18 @@ def _heat_map_figure(shape: tuple[int, ...], title: str) -> tuple[Figure, Axes]:
 def _heat_map(
     figure: Figure, axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], unit: str
 ) -> None:
-    negative = np.nanmin(values) < 0
-    most = np.nanmax(np.abs(values))
-    limits = {"cmap": "PuOr", "vmin": -most, "vmax": most} if negative else {"cmap": "cividis", "vmin": 0.0}
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", **limits)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **_colours([values]))
     axes.set_yticks(*_ticks(rows), fontsize="x-small")
     axes.set_xticks(*_ticks(columns), fontsize="x-small", rotation=90)
     figure.colorbar(image, ax=axes, label=unit)
+
+
+def _colours(matrices: Sequence[np.ndarray]) -> dict:
+    """One scale for all of them, from zero, or around it where there are negative values."""
+    most = max(np.nanmax(np.abs(matrix)) for matrix in matrices)
+    if min(np.nanmin(matrix) for matrix in matrices) < 0:
+        return {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    return {"cmap": "cividis", "vmin": 0.0, "vmax": most}
 
 
 def _ticks(names: Sequence[str]) -> tuple[range, list[str]]:
@@ -198,10 +203,9 @@ def _mixing(name: str, matrices: MixingMatrices, title: str) -> Figure:
     figure = Figure(figsize=(1.5 * columns + 1.2, 1.75 * rows + 1.0), dpi=100, layout="constrained")
     figure.suptitle(f"{title}\n{name}, mean over tokens: from streams (columns, sums below) to streams (rows)")
     axes = _grid(figure, rows, columns, len(panels))
-    most = max(np.abs(matrix).max() for matrix in panels.values())
-    image = None
+    image, colours = None, _colours([*panels.values()])
     for (place, matrix), panel in zip(panels.items(), axes, strict=True):
-        image = panel.imshow(matrix, cmap="PuOr", vmin=-most, vmax=most, interpolation="nearest")
+        image = panel.imshow(matrix, interpolation="nearest", **colours)
         panel.set_title(place, fontsize="x-small")
         numbers = range(len(matrix))
         panel.set_xticks(numbers, [f"{total:.2g}" for total in matrix.sum(0)], fontsize="xx-small", rotation=90)

@@ -222,10 +222,9 @@ class Looking:
         known = self.findings.mixing.setdefault(name, MixingMatrices())
         known.by_place[place] = _mean_matrix(matrix)
         self._note_gains(name, place, matrix)
-        with torch.autocast(matrix.device.type, enabled=False):
-            before = self._products.get(name, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
-            fits = before is not None and before.shape[-1] == matrix.shape[-1]
-            self._products[name] = matrix @ before if fits else None
+        before = self._products.get(name, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+        fits = before is not None and before.shape[-1] == matrix.shape[-1]
+        self._products[name] = matrix @ before if fits else None  # in fp64, which autocast leaves alone
         if fits:
             self._note_gains(f"{name}_product", place, self._products[name])
 

@@ -25,7 +25,7 @@ def findings_of(layers: int) -> Findings:
     return found
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, pytest.param(48, marks=pytest.mark.full)])
+@pytest.mark.parametrize("layers", [1, 3, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 48))])
 def test_everything_is_drawn(layers, tmp_path):
     drawn = dict(figures(findings_of(layers), "step 10"))
     assert list(drawn) == ["by_depth", "by_depth_declared", "streams", "site.depth", "site.mixing"]
@@ -64,6 +64,14 @@ def test_mixing_is_drawn_with_the_sums_of_rows_and_columns():
     np.testing.assert_array_equal(axes.images[0].get_array(), matrix)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "2.2"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1.2", "1.5"]
+
+
+@pytest.mark.parametrize("least, limits", [(0.0, (0.0, 2.0)), (-0.5, (-2.0, 2.0))])
+def test_all_matrices_have_one_scale_of_colours(least, limits):
+    matrices = MixingMatrices({"00.mlp": np.array([[1.0, least], [0.0, 1.0]])}, np.array([[2.0, 0.0], [0.0, 0.5]]))
+    ((_, figure),) = figures(Findings(mixing={"site.mixing": matrices}), "step 10")
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert [image.get_clim() for image in images] == [limits] * 2 and len({image.cmap.name for image in images}) == 1
 
 
 def test_a_logarithmic_axis_has_plain_numbers():

@@ -280,12 +280,16 @@ def test_where_a_reading_fails_the_forward_is_finished_and_the_hooks_are_taken_a
     def fail(state):
         raise RuntimeError("no luck")
 
+    def fail_later(state):
+        raise RuntimeError("and no wonder")
+
     @contextmanager
     def whole(parameters):
         gathered.append(len(list(parameters)))
         yield
 
     copy.parts[3].sites["mlp"].diagnose = fail
+    copy.parts[4].sites["mlp"].diagnose = fail_later
     with pytest.raises(RuntimeError, match="no luck"):
         probe(copy, TOKENS, whole)
     assert gathered == [len(list(part.parameters())) for part in (copy.shared, *copy.parts)]

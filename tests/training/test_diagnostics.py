@@ -139,8 +139,8 @@ def assert_found(answers) -> None:
     "stage, options",
     [
         (0, STEPWISE),
-        (1, WIDE | {"activation_checkpointing": True}),
         (3, WIDE),
+        pytest.param(1, WIDE | {"activation_checkpointing": True}, marks=pytest.mark.full),
         pytest.param(2, STEPWISE, marks=pytest.mark.full),
         pytest.param(3, {"residual": "attention_residuals", "activation_checkpointing": True}, marks=pytest.mark.full),
         pytest.param(3, {"residual": "mhc", "attention": "kda"}, marks=pytest.mark.full),
@@ -284,19 +284,22 @@ def test_what_cannot_be_recorded_is_told_and_the_run_goes_on(alone):
     assert alone.due(5)
 
 
-def test_figures_cost_little_of_the_time(ranks1, tmp_path):
-    ((figures, samples),) = ranks1.run(draw_often, str(tmp_path))
-    assert {step for step, _ in figures} == {1}, "the first, and then only after a hundred times as long"
-    assert samples.tolist() == [1.0, 2.0]
+def test_figures_cost_little_of_the_time(alone):
+    found = Findings(samples={"site.gate": {"00.mlp": np.array([1.0]), "01.mlp": np.array([2.0])}})
+    found.note("read_rms", "00.mlp", 1.0)
+    alone._probe = lambda: found
+    for step in range(1, 5):
+        alone.run(step)
+    assert {step for _, _, step in figures_of(alone)} == {1}, "the next only after a hundred times as long"
+    alone._since -= 1e6
+    alone.run(5)
+    assert {step for _, _, step in figures_of(alone)} == {1, 5}
+    samples = alone._recorder.diagnosis.call_args.args[2]
+    assert samples["diagnostics/site.gate"].tolist() == [1.0, 2.0]
 
 
-def show(diagnostics):
-    diagnostics._model.parts[2].sites["mlp"].diagnose = lambda state: {"gate": Values(torch.tensor([1.0, 2.0]))}
-
-
-def draw_often(folder: str):
-    run = Run(folder, 1, 1, show)
-    return run.told.figures, run.told.samples[1]["diagnostics/site.gate"]
+def figures_of(diagnostics):
+    return [call.args for call in diagnostics._recorder.figure.call_args_list]
 
 
 class Data:
