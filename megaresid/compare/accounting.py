@@ -12,7 +12,7 @@ from megaresid.compare.statistics import interval
 from megaresid.errors import UserError
 
 MEASURES = ("tokens", "flops", "seconds")
-OF_MEANS = "Means stand in some order whatever the noise; which differences can be believed, the tests say."
+OF_MEANS = "Orders of means say nothing of noise."
 WORDS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 
 

@@ -324,6 +324,7 @@ def _against_cost(
             look = style[variant.name]
             bars = {"yerr": half_width(variant.loss), "ecolor": look.colour, "capsize": 2, "linestyle": "none"}
             axes.errorbar(x / unit.factor, y, **bars, **look.point(), label=variant.name)
+    several = any(half_width(variant.loss) is not None for variant in variants)
     front = pareto_front(spent)
     widest = max(x for x, _ in spent.values()) / unit.factor
     steps = [(spent[v][0] / unit.factor, spent[v][1]) for v in front]
@@ -339,8 +340,8 @@ def _against_cost(
     axes.set_xlabel(f"{name} ({unit.name})" if units is TIME else f"{unit.name} per token")
     axes.set_ylabel(f"final {LOSS}")
     caption = (
-        f"Final validation loss against {name}, with 95% intervals over seeds. On the dashed Pareto front, where none "
-        f"is both cheaper and better: {', '.join(front)}.{_beyond(far)}"
+        f"Final validation loss against {name}{', with 95% intervals over seeds' if several else ''}. On the dashed "
+        f"Pareto front, where none is both cheaper and better: {', '.join(front)}.{_beyond(far)}"
     )
     alt = "; ".join(f"{v} {fixed(y)} at {significant(x / unit.factor)}" for v, (x, y) in spent.items())
     return Drawing(f"loss_against_{file}", figure, caption, f"Final validation loss against {name}: {alt}")
@@ -381,9 +382,11 @@ def _differences(comparison: Comparison) -> Drawing | None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("difference of final validation loss (nats per token)\n← better    worse →")
+    several = any(variant.difference.detectable is not None for variant in variants)
     caption = (
-        f"Final validation loss minus that of {comparison.baseline}, paired by seed, with 95% intervals. Grey: what "
-        "is smaller than the seeds could show with 80% power. An arrow points to what is beyond the axis."
+        f"Final validation loss minus that of {comparison.baseline}, paired by seed"
+        + (", with 95% intervals. Grey: what is smaller than the seeds could show with 80% power" if several else "")
+        + ". An arrow points to what is beyond the axis."
     )
     alt = "; ".join(f"{v.name}: {fixed(v.difference.mean, signed=True)}, {v.difference.verdict}" for v in variants)
     return Drawing("differences", figure, caption, f"Differences to {comparison.baseline}. {alt}")

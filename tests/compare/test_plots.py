@@ -177,6 +177,13 @@ def test_an_axis_ends_at_the_last_value_that_is_not_far(values, end):
     assert plots.reach(values) == end
 
 
+def test_of_one_seed_no_interval_is_spoken_of(drawings):
+    alone = {drawing.name: drawing for drawing in plots.draw(made_comparison(seeds=1))}
+    for name in ("differences", "loss_against_step_time"):
+        assert "interval" in drawings[name].caption
+        assert "interval" not in alone[name].caption and "Grey" not in alone[name].caption
+
+
 def test_no_plot_ranks_what_is_refused(comparison):
     refused = comparison.model_copy(update={"refusal": "the data differ", "orders": None, "budget": None})
     assert {drawing.name for drawing in plots.draw(refused)} == {
