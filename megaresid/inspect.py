@@ -81,7 +81,10 @@ def _data(saved: "Saved", data: Path | None) -> "RunData":
         return open_data([data], vocab_size=size, validating=False)
     options, tree = saved.config.run, read_json(saved.folder, "data.json")
     # Absolute, unlike those in config.json.
-    folders = [Path(entry["folder"]) for entry in tree.get("folders", [tree])]
+    try:
+        folders = [Path(entry["folder"]) for entry in tree.get("folders", [tree])]
+    except (KeyError, TypeError):
+        raise UserError(f"{saved.folder / 'data.json'} is damaged: give a folder of shards by --data") from None
     how = options.data_weights, options.data_order, options.align_documents
     validating = any(VALIDATION in entry.names for entry in parse(saved.config.evaluation.eval))
     found = open_data(folders, *how, vocab_size=size, validating=validating)

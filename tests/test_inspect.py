@@ -108,6 +108,13 @@ def test_a_full_disk_is_told(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "findings.json").exists()
 
 
+@pytest.mark.parametrize("tree", [{}, {"folders": ["x"]}, {"folders": None}])
+def test_a_record_of_the_data_that_names_none_is_told(tree, run):
+    (run / "data.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="data.json is damaged: give a folder of shards by --data"):
+        inspect(run)
+
+
 def test_an_exported_folder_needs_data_and_has_its_training_tokens(run, data, tmp_path, undrawn):
     write_exported(run, "safetensors", tmp_path / "exported", None, print)
     with pytest.raises(UserError, match="give a folder of shards by --data"):
