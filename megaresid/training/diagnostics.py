@@ -27,6 +27,7 @@ from megaresid.monitoring.mirror import mirror
 from megaresid.monitoring.probe import probe
 from megaresid.training.engine import Engine
 from megaresid.training.forensics import by_layer, parameter_and_gradient_norms
+from megaresid.users_code import mistakes_told
 
 SEQUENCES = 2
 DRAWING = 0.01
@@ -94,7 +95,7 @@ class Diagnostics:
 
     def _probe(self) -> Findings:
         engine = self._engine
-        with undisturbed(self._model, engine.device), autocast_if_enabled(engine.deepspeed):
+        with mistakes_told(), undisturbed(self._model, engine.device), autocast_if_enabled(engine.deepspeed):
             return probe(self._model, self._idx, engine.whole)
 
     def _any_rank(self, failed: bool) -> bool:
