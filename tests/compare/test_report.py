@@ -394,3 +394,26 @@ def test_from_run_directories(tmp_path):
         assert [row["validation loss (nats per token)"] for row in rows] == ["3.2023", "3.1530"]
         problems = {row[0]: row[1] for table in tables_of(root) if table[0] == ["run", "why"] for row in table[1:]}
         assert any("cut" in run for run in problems) and all(problems.values())
+
+
+def test_of_what_is_refused_there_are_no_findings(comparison):
+    assert wording.findings(comparison) and not wording.findings(comparison.model_copy(update={"refusal": "why"}))
+
+
+def test_the_better_direction_of_a_metric_is_said(comparison):
+    captions = [table.caption for table in report.tables.metrics(comparison)]
+    assert captions == ["wikitext2 perplexity (lower is better)", "hellaswag accuracy (higher is better)"]
+
+
+def test_hover_tells_each_seeds_value_of_loss_and_cost(comparison):
+    titles = page(comparison).xpath("//td/@title")
+    for variant in comparison.variants:
+        for estimate in (variant.loss, variant.cost.tokens_per_second, variant.cost.memory_bytes):
+            told = [f"seed {s.seed}: {s.value:.6g} ({s.source.run}, step {s.source.step})" for s in estimate.samples]
+            assert "; ".join(told) in titles
+
+
+@pytest.mark.parametrize("special", "\\`*_[]<>#!|~$&")
+def test_nothing_of_a_name_has_a_meaning_in_markdown(comparison, special):
+    text = report.as_markdown(comparison.model_copy(update={"made": f"a{special}b"}), [])
+    assert f"\nMade a\\{special}b.\n" in text
