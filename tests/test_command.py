@@ -160,20 +160,6 @@ def test_init_from_takes_the_weights_and_nothing_else_in_a_single_process(workpl
     assert rows[1]["step"] == 1 and rows[1]["learning_rate"] == read_metrics(whole)[1]["learning_rate"]
 
 
-@pytest.mark.full
-@pytest.mark.full
-def test_an_evaluation_that_was_cut_short_after_the_last_checkpoint_is_made_up_for(workplace, whole):
-    cut = workplace / "cut short"
-    shutil.copytree(whole, cut)
-    *rows, last = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
-    assert json.loads(last)["step"] == END and "val_loss" in json.loads(last)
-    (cut / "metrics.jsonl").write_text("".join(rows))
-    for _ in range(2):  # and once only
-        code, said = start(workplace, "torchrun", "--run-dir", str(cut), "--resume", "auto")
-        assert code == 0, said[-3000:]
-        assert numbers(cut) == numbers(whole)
-
-
 def test_init_from_takes_the_weights_of_an_exported_folder(workplace, whole):
     export(whole, "safetensors", workplace / "exported")
     begun = workplace / "begun_from_exported"

@@ -33,7 +33,7 @@ class Forensics:
 
     def __init__(self, run_dir: Path, skipped_batches: int):
         self.folder = run_dir / FOLDER
-        self._run_dir, self._skipped = run_dir, skipped_batches
+        self._skipped = skipped_batches
         self._generators: dict[str, Tensor] = {}
 
     def begin(self) -> None:
@@ -80,7 +80,6 @@ class Forensics:
             "not_finite": [name for name, pair in norms.items() if not all(map(math.isfinite, pair))],
             "layers": {layer: _named(pair) for layer, pair in by_layer(norms).items()},
             "parameters": {name: _named(pair) for name, pair in norms.items()},
-            "start_from": self._start(step),
             "versions": environment()["versions"],
         }
         try:
@@ -89,11 +88,6 @@ class Forensics:
         except OSError as error:
             return f"forensics of step {step} were not written: {error.strerror}"
         return None
-
-    def _start(self, step: int) -> str | None:
-        """The checkpoint to repeat the step from, relative to the run; None is the start of the run."""
-        start = nearest_checkpoint(self._run_dir, step)
-        return None if start is None else str(start.relative_to(self._run_dir))
 
 
 def nearest_checkpoint(run: Path, step: int) -> Path | None:
