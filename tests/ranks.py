@@ -116,6 +116,7 @@ def _serve(pipe, rank: int, ranks: int, port: int) -> None:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(ranks),
         LOCAL_WORLD_SIZE=str(ranks),
+        LOCAL_SIZE=str(ranks),  # as the launcher of DeepSpeed says it, whose operators look for it
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
@@ -142,6 +143,9 @@ def _join_group() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    from megaresid.training.shared_memory import unlink_own_buffer
+
+    unlink_own_buffer()
     gc.freeze()  # ZeRO-3 collects garbage at every start, which takes half a second with all that was imported
 
 

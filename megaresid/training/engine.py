@@ -25,6 +25,7 @@ from megaresid.training.initial import parameter_starts
 from megaresid.training.machine import ranks_on_this_machine
 from megaresid.training.optimizer import parameter_groups, set_learning_rate
 from megaresid.training.rules import overridden
+from megaresid.training.shared_memory import unlink_own_buffer
 from megaresid.training.update_gate import UpdateGate
 
 
@@ -182,6 +183,8 @@ def start_process_group() -> None:
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(verbose=False)
+    if accelerator.device_name() == "cpu":
+        unlink_own_buffer()
 
 
 def _threads() -> int:
