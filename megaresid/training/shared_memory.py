@@ -17,7 +17,6 @@ def own_buffer() -> Path:
 
 def unlink_own_buffer() -> None:
     """Take the name of this rank's buffer away, once all ranks have it: it lasts as long as their processes, however
-    they end. Left, it would fill the memory of the machine run by run. Every rank calls it, after the ranks have joined.
-    """
+    they end. Left, it would fill the machine's memory run by run. Every rank calls it, after all have joined."""
     torch.distributed.barrier()
     own_buffer().unlink(missing_ok=True)
