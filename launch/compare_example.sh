@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A whole comparison on a CPU of two cores, in at most 40 minutes: the documentation in Python's standard library, a
-# small model, vanilla beside two published variants and two controls (vanilla under another name, and a variant that
+# tiny model, vanilla beside two published variants and two controls (vanilla under another name, and a variant that
 # is bad on purpose), two learning rates, three seeds; then the report. Takes no arguments. Started again, it goes on
 # where it was stopped.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$megaresid_root"
 
-# A run is 160 steps of .5 s on one core; with its start and its five evaluations 115 s, and two of 30 run at a time.
-tokens=163840
+# A run is 100 steps of .8 s on one core; with its start and its five evaluations 105 s, and two of 30 run at a time.
+tokens=102400
 variants=vanilla,attention_residuals,hyper_connections
 variants=$variants,megaresid.compare.controls:VanillaAgain,megaresid.compare.controls:BrokenIdentity
 data=data/python-docs
@@ -29,10 +29,10 @@ say "Training"
 # One thread a run: sums are then in the same order for each, and two runs keep their speed beside each other.
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 code=0
-python -m megaresid.sweep --residual "$variants" --seeds 3 --learning-rates 2e-3,5e-3 --budget "tokens=$tokens" \
+python -m megaresid.sweep --residual "$variants" --seeds 3 --learning-rates 1e-3,2e-3 --budget "tokens=$tokens" \
     --jobs 2 --out "$sweep" --data "$data" --deepspeed_config ds_configs/cpu.json \
-    --model tiny --width 64 --heads 2 --context 128 --global-batch-size 8 --micro-batch-size 8 \
-    --log-interval 20 --eval validation@40 --validation-tokens 16384 --checkpoint-interval 0 || code=$?
+    --model tiny --global-batch-size 4 --micro-batch-size 4 \
+    --log-interval 20 --eval validation@25 --validation-tokens 10240 --checkpoint-interval 0 || code=$?
 # Runs that failed are in the report.
 if [ "$code" -gt 1 ]; then exit "$code"; fi
 

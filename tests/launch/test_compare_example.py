@@ -2,6 +2,7 @@
 
 from test_scripts import calls, checkout, run, write_program  # noqa: F401
 
+from megaresid.model.presets import PRESETS
 from megaresid.residual.stream import RESIDUALS
 from megaresid.spec import parse_pattern
 from megaresid.sweep import _options
@@ -30,8 +31,8 @@ def test_the_chain_and_the_sweeps_command_line(checkout):  # noqa: F811
     assert [spec.rpartition(":")[2] for spec in specs[-2:]] == ["VanillaAgain", "BrokenIdentity"]
     assert parse_seeds(chosen.seeds) == [1, 2, 3] and len(parse_rates(chosen.learning_rates)) == 2
     sizes = dict(zip(rest, rest[1:]))
-    step = int(sizes["--global-batch-size"]) * int(sizes["--context"])
-    assert parse_budget(chosen.budget).amount == 160 * step and chosen.jobs == 2
+    step = int(sizes["--global-batch-size"]) * PRESETS[sizes["--model"]].context
+    assert parse_budget(chosen.budget).amount == 100 * step and chosen.jobs == 2
     assert calls(checkout)[2][3:] == [str(chosen.out), "--baseline", "vanilla", "--out", f"{chosen.out}/report"]
 
 
