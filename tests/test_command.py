@@ -113,6 +113,7 @@ def test_a_run_directory_describes_the_run(whole):
     assert [row["step"] for row in read_metrics(whole)] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 7]
 
 
+@pytest.mark.full
 def test_resume_into_another_directory_repeats_the_rest_bitwise(workplace, whole):
     resumed = workplace / "resumed"
     checkpoint = whole / "checkpoints" / f"step_{STOP:08d}"
@@ -203,6 +204,7 @@ def test_a_strict_run_whose_hook_failed_goes_on_when_it_is_mended(workplace, who
     assert_equal_ends(strict, whole)
 
 
+@pytest.mark.full
 def test_an_id_outside_the_vocabulary_that_only_a_batch_shows_ends_every_rank(workplace):
     """The manifest's largest id says nothing of it. Ids that the header's size still holds, in every window."""
     spoilt = workplace / "spoilt"

@@ -97,12 +97,8 @@ def test_nothing_of_a_variant_is_left_out_at_this_depth(case):
     assert site_classes(case, case.layers) == site_classes(case, 24)
 
 
-OTHERS = ("block_attention_residuals", "pro_res(warmup=2)")
-
-
-@pytest.mark.parametrize(
-    "spec", ["attention_residuals", *(pytest.param(spec, marks=pytest.mark.full) for spec in OTHERS)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("spec", ["attention_residuals", "block_attention_residuals", "pro_res(warmup=2)"])
 def test_the_compiled_engine_keeps_to_one_graph_for_training_and_one_for_evaluation(spec, ranks1, tmp_path):
     """Whatever the layers' states and the step: no part runs uncompiled, and no step compiles anew."""
     (graphs,) = ranks1.run(compiled_graphs, spec, str(tmp_path))

@@ -264,7 +264,7 @@ def test_a_kill_at_any_access_leaves_a_complete_checkpoint_and_the_next_save_cle
     "fault, ranks, rank",
     [
         (disk_full_from, 1, 0),
-        (disk_full_from, 2, 1),
+        pytest.param(disk_full_from, 2, 1, marks=FULL),
         (failing_at, 2, 1),
         pytest.param(disk_full_from, 2, 0, marks=FULL),
         pytest.param(failing_at, 1, 0, marks=FULL),

@@ -78,7 +78,7 @@ def definition(name: str) -> list[tuple[float, float]]:
 
 
 QUICK = {("adamw", 2, 1, stage) for stage in range(4)}
-QUICK |= {("adamw", 1, 1, 2), ("sgd", 2, 1, 1), ("sgd", 2, 1, 3), ("sgd clipped", 1, 8, 0), ("sgd clipped", 2, 1, 2)}
+QUICK |= {("sgd", 2, 1, 3), ("sgd clipped", 1, 8, 0), ("sgd clipped", 2, 1, 2)}
 EVERY = [(name, *cut, stage) for name in CASES for cut in CUTS[name] for stage in range(4)]
 
 
