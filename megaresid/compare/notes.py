@@ -126,4 +126,4 @@ def _on_skipped(choices: Sequence[Choice]) -> Iterator[str]:
         for run in choice.runs:
             skipped = max((number(row, "skipped_steps") or 0 for row in run.rows), default=0)
             if skipped:
-                yield f"{run.name} made {skipped:,.0f} of its {run.steps:,} updates not: its health guard skipped them."
+                yield f"Of {run.name}, {skipped:,.0f} of {run.steps:,} updates were skipped by its health guard."
