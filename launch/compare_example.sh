@@ -10,20 +10,9 @@ cd "$megaresid_root"
 tokens=102400
 variants=vanilla,attention_residuals,hyper_connections
 variants=$variants,megaresid.compare.controls:VanillaAgain,megaresid.compare.controls:BrokenIdentity
-data=data/python-docs
 sweep=sweeps/compare-example
 
-if [ -f "$data/manifest.json" ]; then
-    python -m data_prep verify "$data" || fail "$data is damaged: delete it and start again"
-elif [ -e "$data" ]; then
-    fail "$data is no data set (it has no manifest.json): delete it and start again"
-else
-    say "Tokenizing the standard library's documentation"
-    # Aside, so that what an interruption leaves is never taken for the data set.
-    rm -rf "$data.partial"
-    python -m data_prep --source python-docs --out "$data.partial"
-    mv "$data.partial" "$data"
-fi
+source "$megaresid_root/launch/python_docs.sh"
 
 say "Training"
 # One thread a run: sums are then in the same order for each, and two runs keep their speed beside each other.

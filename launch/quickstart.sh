@@ -9,7 +9,6 @@ cpu_steps=400
 gpu_steps=800
 sequences=4 # per optimizer step: at equal tokens 4 x 2e-3 ended .15 below 8 x 3e-3
 
-data=data/python-docs
 run=runs/quickstart
 number=1
 while [ -e "$run" ]; do
@@ -17,17 +16,7 @@ while [ -e "$run" ]; do
     run=runs/quickstart-$number
 done
 
-if [ -f "$data/manifest.json" ]; then
-    python -m data_prep verify "$data" || fail "$data is damaged: delete it and start again"
-elif [ -e "$data" ]; then
-    fail "$data is no data set (it has no manifest.json): delete it and start again"
-else
-    say "Tokenizing the standard library's documentation"
-    # Aside, so that what an interruption leaves is never taken for the data set.
-    rm -rf "$data.partial"
-    python -m data_prep --source python-docs --out "$data.partial"
-    mv "$data.partial" "$data"
-fi
+source "$megaresid_root/launch/python_docs.sh"
 
 ranks=0
 if has_gpu; then ranks=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
