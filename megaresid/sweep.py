@@ -1,11 +1,12 @@
 """Train every combination of variants, learning rates and seeds at one budget.
 
-    python -m megaresid.sweep --residual "vanilla,attention_residual(blocks=8)" --attention softmax --seeds 3 \\
-        --learning-rates 1e-4,3e-4,1e-3 --budget flops=1e17 --out sweeps/x --data DIR --deepspeed_config JSON ...
+    python -m megaresid.sweep --residual "vanilla,hyper_connections(streams=2)" --attention softmax --seeds 3 \\
+        --learning-rates 1e-4,3e-4,1e-3 --budget flops=1e17 --out sweeps/x --data DIR ...
 
-All other options are those of python -m megaresid.train, the same for every run. All runs are checked before the first
-is started. The same command again skips runs that have finished and goes on with those that were stopped; with more
-on an axis it adds runs. A run that fails is told of, and the sweep goes on.
+All other options are those of python -m megaresid.train, the same for every run; without --deepspeed_config they have
+that of the quickstart, ds_configs/cpu.json or with GPUs h200x2.json. All runs are checked before the first is started.
+The same command again skips runs that have finished and goes on with those that were stopped; with more on an axis it
+adds runs. A run that fails is told of, and the sweep goes on.
 
 Exit code 0: all have finished; 1: some failed; 2: a mistake in the options; 75: stopped by a signal, the runs saved.
 """
@@ -85,7 +86,9 @@ def _sweep(chosen: argparse.Namespace, rest: list[str]) -> int:
     from megaresid.sweeping.slurm import job_array
 
     jobs = chosen.jobs or 1
-    ranks = chosen.num_accelerators or max(1, len(visible_devices()) // jobs)
+    devices = visible_devices()
+    ranks = chosen.num_accelerators or max(1, len(devices) // jobs)
+    rest = _with_deepspeed_config(rest, "h200x2.json" if devices else "cpu.json")
     places = [] if chosen.slurm else slots(jobs, ranks)
     folder = Folder(chosen.out.resolve())
     before = folder.read()
@@ -102,6 +105,14 @@ def _sweep(chosen: argparse.Namespace, rest: list[str]) -> int:
                 print(job_array(folder, sweep, chosen.jobs), end="")
                 return exit_codes.FINISHED
             return carry_out(folder, sweep, lines, places, signals)
+
+
+def _with_deepspeed_config(rest: list[str], name: str) -> list[str]:
+    """The options of training with one of the checkout's DeepSpeed configurations, where they name none."""
+    named = {argument.split("=")[0].replace("_", "-") for argument in rest}
+    if named & {"--deepspeed-config", "--config"}:
+        return rest
+    return [*rest, "--deepspeed-config", str(Path(__file__).parents[1] / "ds_configs" / name)]
 
 
 def _only(chosen: argparse.Namespace, rest: list[str]) -> int:

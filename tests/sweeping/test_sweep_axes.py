@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from sweeps import MODEL, TOKENS, code_of, listed, make_place, options
@@ -12,6 +13,8 @@ from megaresid.model.flops import training_flops_per_token
 from megaresid.sweeping.axes import Budget, parse_budget, parse_rates, parse_seeds, run_name, split_specs, variant_name
 from megaresid.sweeping.calibration import with_steps
 from megaresid.sweeping.folder import Axes, Run, Sweep
+
+CPU = Path(__file__).parents[2] / "ds_configs/cpu.json"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,13 @@ def test_a_budget_of_flops_gives_each_variant_the_steps_that_it_pays_for(place):
     assert all(run["config"]["steps"] == run["steps"] for run in listed(place / out))
     assert code_of([*options(place, "sweeps/less", residual=specs[1], budget=f"flops={budget - 1}"), "--slurm"]) == 0
     assert [run["steps"] for run in listed(place / "sweeps/less")] == [6]
+
+
+def test_without_a_deepspeed_config_the_runs_have_the_quickstarts(place):
+    arguments = options(place, "sweeps/unnamed")
+    at = arguments.index("--deepspeed_config")
+    assert code_of([*arguments[:at], *arguments[at + 2 :], "--slurm"]) == 0
+    assert {Path(run["config"]["deepspeed_config"]) for run in listed(place / "sweeps/unnamed")} == {CPU}
 
 
 def test_a_budget_of_seconds_gives_the_steps_of_the_measured_time():
