@@ -48,7 +48,7 @@ deepspeed --log_level error --num_accelerators "$ranks" --master_port "$port" --
     --checkpoint-interval $((steps / 2))
 
 say "Sampling"
-python -m megaresid.generate --run "$run" --prompt "This module provides"
+python -m megaresid.generate --run "$run" --prompt "This module provides" --seed 2
 say "Summary"
 python -m megaresid.summary --run "$run"
 say "Done"
